@@ -1,0 +1,115 @@
+"""Every key that a rattn config has, with a default and its unit; a recipe states what differs.
+
+Not a recipe to train: start from `tiny`, `small`, `rattn_3b` or `rattn_12b`.
+"""
+
+from ml_collections import ConfigDict
+
+from rattn.config import parse_arguments
+
+
+def get_config(arguments: str = "") -> ConfigDict:
+    parse_arguments(arguments)
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 1000
+    # Rows a step, over all hosts; split into `accumulation_steps` microbatches inside the step.
+    config.batch_size = 8
+    config.accumulation_steps = 1
+    # Tokens a row (T). Any value slices the same prepared stream.
+    config.context_length = 512
+    # A non-finite loss or gradient never reaches the weights; then "stop" ends the run, "skip" goes on.
+    config.on_non_finite = "stop"
+
+    config.model = model = ConfigDict()
+    model.vocab_size = 259
+    model.width = 128
+    model.layers = 4
+    model.query_heads = 4
+    model.kv_heads = 2
+    model.head_dim = 32
+    model.mlp_width = 384
+    # Mixers, repeated over the depth (a remainder is allowed): full, swa, rattention, linear.
+    model.pattern = ("rattention", "rattention", "rattention", "full")
+    # Rotary positions, one bool for each entry of the pattern.
+    model.rope_pattern = (True, True, True, False)
+    model.rope_theta = 5e5
+    # Tokens that a query attends to, itself included (the paper's w + 1).
+    model.window = 64
+    model.feature_map = "softmax"
+    model.qk_norm = True
+    # φ sees q and k as projected, before any qk-norm, unless this is set.
+    model.feature_map_after_qk_norm = False
+    # Gated feed-forward: "gelu" is GeGLU, "silu" SwiGLU.
+    model.activation = "gelu"
+    model.tied_embeddings = True
+    # Logits become cap·tanh(logits/cap); 0 turns it off.
+    model.logits_soft_cap = 0.0
+    model.norm_epsilon = 1e-6
+    model.compute_dtype = "float32"
+    # What the backward pass recomputes: "none", or "block" (each repeat of the pattern).
+    model.remat = "none"
+
+    config.loss = loss = ConfigDict()
+    # Weight of log²Z, which keeps the softmax normaliser near 1; 0 turns it off.
+    loss.z_loss = 0.0
+    # Logits exist for this many tokens of a row at a time; 0 means the whole row.
+    loss.chunk_tokens = 0
+
+    config.data = data = ConfigDict()
+    # "stream" reads what rattn.prepare wrote to `path`; "synthetic" draws tokens and needs no files.
+    data.source = "stream"
+    data.path = "data/state_of_the_union"
+    # What rattn.prepare is asked for when `path` is missing.
+    data.task = "state_of_the_union"
+    data.module = ""
+    data.files = ""
+    data.vocabulary = "bytes"
+    data.train_vocabulary_size = 0
+    data.validation_fraction = 0.05
+    # Sampling weights of a mixture's sources; () takes the mixture's own rates.
+    data.weights = ()
+    data.read_threads = 2
+    data.prefetch_batches = 8
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 1e-3
+    # Linear warm-up from 0, then "cosine" or "linear" to the end, or "wsd": constant, then linear over decay_steps.
+    optimizer.schedule = "cosine"
+    optimizer.warmup_steps = 0
+    optimizer.decay_steps = 0
+    # The last learning rate as a fraction of the peak.
+    optimizer.final_fraction = 0.1
+    # Decoupled, scaled by the learning rate; matrices only (no norm scales, no embeddings).
+    optimizer.weight_decay = 0.1
+    # First and second moments (adamw, muon's adamw part); rmsprop: momentum and decay; adafactor: beta2 is its decay rate.
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.epsilon = 1e-8
+    # Global gradient norm is clipped to this; 0 turns it off.
+    optimizer.clip_norm = 1.0
+
+    config.mesh = mesh = ConfigDict()
+    # Devices along each mesh axis; at most one may be -1: what is left.
+    mesh.data = -1
+    mesh.fsdp = 1
+    mesh.seq = 1
+    mesh.model = 1
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500
+    checkpoint.keep = 2
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.every_steps = 500
+    # 0 reads the whole validation split.
+    evaluation.max_batches = 0
+    evaluation.batch_size = 8
+
+    config.log = log = ConfigDict()
+    log.every_steps = 10
+    log.tensorboard = True
+    # First and last step of a profiler trace, written to the workdir; () for none.
+    log.profile_steps = ()
+    return config

@@ -1,0 +1,1 @@
+"""Kernels that rattn exists for; everything else is bought."""

@@ -1,0 +1,1 @@
+"""Pretrain and study local-global language models with RATTENTION."""

@@ -1,0 +1,214 @@
+"""Configs: typed recipe arguments, the command line's overrides, and the rules that a config must keep."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from rattn.errors import UserError, nearest
+
+MIXERS = ("full", "swa", "rattention", "linear")
+LOCAL_MIXERS = ("swa", "rattention", "linear")
+FEATURE_MAPS = ("softmax", "relu", "identity")
+CHOICES = {
+    "on_non_finite": ("stop", "skip"),
+    "data.source": ("stream", "synthetic"),
+    "model.activation": ("gelu", "silu"),
+    "model.feature_map": FEATURE_MAPS,
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "block"),
+    "optimizer.name": ("adamw", "rmsprop", "adafactor", "muon"),
+    "optimizer.schedule": ("cosine", "linear", "wsd"),
+}
+
+
+def parse_arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
+    """Parses a recipe's `key=value,key=value` argument.
+
+    Each key takes the type of its default; bools are `true` or `false`.
+
+    Raises:
+      UserError: a key that the recipe does not have, or a value that is not of the key's type.
+    """
+    arguments = dict(defaults)
+    for item in filter(None, (text or "").split(",")):
+        key, equals, value = item.partition("=")
+        if key not in defaults:
+            known = ", ".join(sorted(defaults)) or "none"
+            hint = nearest(key, defaults)
+            raise UserError(f"The recipe has no argument {key!r}{hint}; it takes: {known}.")
+        kind = type(defaults[key])
+        try:
+            if not equals:
+                raise ValueError
+            arguments[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise UserError(f"Recipe argument {key!r} takes a {kind.__name__}, got {value!r}; write {key}=VALUE.") from None
+    return SimpleNamespace(**arguments)
+
+
+def set_mixer(config: ConfigDict, mixer: str) -> ConfigDict:
+    """Turns a recipe into its baseline: every local layer of the pattern becomes `mixer`.
+
+    Projections and position encodings stay where they stood, so `full` keeps RoPE in local places and the pattern's
+    global layers keep none; only RATTENTION's norm scales come or go.
+    """
+    if mixer not in MIXERS:
+        raise UserError(f"There is no mixer {mixer!r}{nearest(mixer, MIXERS)}; use one of {', '.join(MIXERS)}.")
+    config.model.pattern = tuple(mixer if name in LOCAL_MIXERS else name for name in config.model.pattern)
+    return config
+
+
+def load_config(path: str, arguments: str = "") -> ConfigDict:
+    """Resolves the recipe file `path` with its argument string, as `--config path:arguments` does."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        recipes = sorted(recipe.name for recipe in file.parent.glob("*.py") if recipe.name != "__init__.py")
+        raise UserError(f"There is no config file {path!r}{nearest(file.name, recipes)}; give the path of a recipe.")
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arguments)
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Checks what one key's type cannot say; returns the config.
+
+    Raises:
+      UserError: one sentence with the key, the value seen and what to change.
+    """
+    for key, choices in CHOICES.items():
+        value = _lookup(config, key)
+        if value not in choices:
+            raise UserError(f"config.{key} is {value!r}{nearest(str(value), choices)}; use one of {', '.join(choices)}.")
+    model = config.model
+    for key in ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
+        if model[key] < 1:
+            raise UserError(f"config.model.{key} is {model[key]}; it must be at least 1.")
+    for key in ("context_length", "batch_size", "total_steps", "accumulation_steps"):
+        if config[key] < 1:
+            raise UserError(f"config.{key} is {config[key]}; it must be at least 1.")
+    if not model.pattern:
+        raise UserError("config.model.pattern is empty; name at least one mixer.")
+    for name in model.pattern:
+        if name not in MIXERS:
+            raise UserError(
+                f"config.model.pattern has {name!r}{nearest(str(name), MIXERS)}; use mixers of {', '.join(MIXERS)}."
+            )
+    if len(model.rope_pattern) != len(model.pattern):
+        raise UserError(
+            f"config.model.rope_pattern has {len(model.rope_pattern)} entries and config.model.pattern "
+            f"{len(model.pattern)}; give one bool for each mixer."
+        )
+    if len(model.pattern) > model.layers:
+        raise UserError(
+            f"config.model.pattern has {len(model.pattern)} mixers and config.model.layers is {model.layers}; "
+            "the pattern must fit at least once."
+        )
+    if model.query_heads % model.kv_heads:
+        raise UserError(
+            f"config.model.query_heads is {model.query_heads} and config.model.kv_heads {model.kv_heads}; "
+            "the first must be a multiple of the second."
+        )
+    if any(model.rope_pattern) and model.head_dim % 2:
+        raise UserError(f"config.model.head_dim is {model.head_dim}; RoPE rotates pairs of dims, make it even.")
+    if model.window < (1 if "swa" in model.pattern else 0):
+        what = "swa layers need at least 1 (the token itself)" if "swa" in model.pattern else "it cannot be negative"
+        raise UserError(f"config.model.window is {model.window}; {what}.")
+    if config.batch_size % config.accumulation_steps:
+        raise UserError(
+            f"config.batch_size is {config.batch_size} and config.accumulation_steps {config.accumulation_steps}; "
+            "the first must be a multiple of the second."
+        )
+    if config.loss.chunk_tokens and config.context_length % config.loss.chunk_tokens:
+        raise UserError(
+            f"config.loss.chunk_tokens is {config.loss.chunk_tokens} and config.context_length "
+            f"{config.context_length}; the second must be a multiple of the first (0 turns chunking off)."
+        )
+    optimizer = config.optimizer
+    if optimizer.warmup_steps + optimizer.decay_steps > config.total_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps + decay_steps is {optimizer.warmup_steps + optimizer.decay_steps} and "
+            f"config.total_steps {config.total_steps}; shorten the schedule or train longer."
+        )
+    return config
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as JSON values (tuples become lists)."""
+    return json.loads(config.to_json())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Lists (dotted key, old value, new value) for every leaf in which two JSON configs differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found
+
+
+def run_main(main: Callable[[ConfigDict], int], extra_flags: Callable[[], None] = lambda: None) -> None:
+    """Runs an entry point: `--config recipe.py:arguments` and overrides in, an exit status out.
+
+    A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl does not know.
+    """
+    config_flags.DEFINE_config_file("config", None, "Recipe, as path.py or path.py:key=value,key=value.")
+    extra_flags()
+    flags.mark_flag_as_required("config")
+
+    def parse(arguments: Sequence[str]) -> list[str]:
+        _check_overrides(arguments)
+        return flags.FLAGS(list(arguments))
+
+    def guarded(_: list[str]) -> int:
+        return main(validate(flags.FLAGS.config))
+
+    try:
+        app.run(guarded, flags_parser=parse)
+    except UserError as error:
+        sys.exit(f"rattn: {error}")
+    except flags.Error as error:
+        sys.exit(f"rattn: {str(error).strip().splitlines()[-1]}")
+
+
+def _check_overrides(arguments: Sequence[str]) -> None:
+    """Names the nearest key for `--config.unknown`, which absl alone reports by a traceback."""
+    recipe = None
+    for index, argument in enumerate(arguments):
+        if argument in ("--config", "-config") and index + 1 < len(arguments):
+            recipe = arguments[index + 1]
+        elif argument.startswith(("--config=", "-config=")):
+            recipe = argument.partition("=")[2]
+    if recipe is None:
+        return
+    path, _, recipe_arguments = recipe.partition(":")
+    config = load_config(path, recipe_arguments)
+    for argument in arguments:
+        if not argument.startswith(("--config.", "-config.")):
+            continue
+        key = argument.partition("config.")[2].partition("=")[0]
+        node, walked = config, []
+        for part in key.split("."):
+            part = part.partition("[")[0]
+            if not isinstance(node, ConfigDict) or part not in node:
+                known = [".".join([*walked, name]) for name in node] if isinstance(node, ConfigDict) else []
+                hint = nearest(".".join([*walked, part]), known)
+                raise UserError(f"The config has no key {key!r}{hint}; configs/base.py lists every key.")
+            node = node[part]
+            walked.append(part)
+
+
+def _lookup(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config

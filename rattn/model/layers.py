@@ -1,0 +1,73 @@
+"""Norms, rotary positions, the gated feed-forward, and how weights start."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+def matrix_init(fan_in: int, gain: float = 1.0) -> nnx.Initializer:
+    """Truncated normal with standard deviation gain / √fan_in (LeCun et al. 1998, "Efficient BackProp")."""
+    # The factor restores the deviation that truncation at two sigmas takes away.
+    stddev = gain / math.sqrt(fan_in) / 0.87962566103423978
+    return jax.nn.initializers.truncated_normal(stddev)
+
+
+def residual_gain(layers: int) -> float:
+    """Gain of the matrices that write to the residual stream: 1 / √(2·layers) (GPT-2: two writes a layer)."""
+    return 1 / math.sqrt(2 * layers)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / RMS(x) over the last dim, times `scale`, computed in float32; a zero row stays zero."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm over the last dim, with a learned scale of any trailing shape."""
+
+    def __init__(self, shape: tuple[int, ...], logical: tuple[str, ...], epsilon: float):
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), logical=logical)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the normed x in x's dtype."""
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+def rope(x_BTNH: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
+    """Rotates dims (i, i + H/2) of each head by position · theta^(−2i/H) (Su et al. 2021, half-split pairs)."""
+    half = x_BTNH.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (positions_T.astype(jnp.float32)[:, None] * frequencies[None, :])[None, :, None, :]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """W_down(activation(x·W_gate) ⊙ x·W_up): GeGLU or SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, width: int, mlp_width: int, layers: int, activation: str, *, rngs: nnx.Rngs):
+        up = matrix_init(width)
+        self.gate_DF = nnx.Param(up(rngs.params(), (width, mlp_width), jnp.float32), logical=("embed", "mlp"))
+        self.up_DF = nnx.Param(up(rngs.params(), (width, mlp_width), jnp.float32), logical=("embed", "mlp"))
+        down = matrix_init(mlp_width, residual_gain(layers))
+        self.down_FD = nnx.Param(down(rngs.params(), (mlp_width, width), jnp.float32), logical=("mlp", "embed"))
+        self.activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[activation]
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns [B, T, D] in x's dtype."""
+        dtype = x_BTD.dtype
+        hidden = self.activation(_matmul(x_BTD, self.gate_DF, dtype)) * _matmul(x_BTD, self.up_DF, dtype)
+        return _matmul(hidden, self.down_FD, dtype)
+
+
+def _matmul(x: jax.Array, weight: nnx.Param, dtype: DTypeLike) -> jax.Array:
+    return jnp.einsum("btd,df->btf", x, weight[...].astype(dtype))

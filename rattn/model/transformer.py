@@ -1,0 +1,110 @@
+"""The decoder: embedding, repeated blocks scanned over depth, the layers that remain, the unembedding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from rattn.model.layers import GatedMLP, RMSNorm, matrix_init
+from rattn.model.mixer import Mixer
+from rattn.model.operators import Operators
+
+
+class Layer(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, model: ConfigDict, kind: str, use_rope: bool, operators: Operators, *, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm((model.width,), ("embed",), model.norm_epsilon)
+        self.mixer = Mixer(model, kind, use_rope, operators, rngs=rngs)
+        self.mlp_norm = RMSNorm((model.width,), ("embed",), model.norm_epsilon)
+        self.mlp = GatedMLP(model.width, model.mlp_width, model.layers, model.activation, rngs=rngs)
+        self.constrain = operators.constrain
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """Returns [B, T, D] in x's dtype."""
+        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), segment_ids_BT)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return self.constrain(x_BTD, "batch", "length", None)
+
+
+class Block(nnx.Module):
+    """One repeat of the pattern."""
+
+    def __init__(self, model: ConfigDict, operators: Operators, *, rngs: nnx.Rngs):
+        kinds = zip(model.pattern, model.rope_pattern, strict=True)
+        self.layers = nnx.List([Layer(model, kind, use_rope, operators, rngs=rngs) for kind, use_rope in kinds])
+
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+        """Returns [B, T, D] in x's dtype."""
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, segment_ids_BT)
+        return x_BTD
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model over packed rows.
+
+    The embedding starts with deviation 1/√D and is scaled by √D on the way in (Vaswani et al. 2017), so that tied
+    logits start near unit variance.
+    """
+
+    def __init__(self, model: ConfigDict, operators: Operators | None = None, *, rngs: nnx.Rngs):
+        operators = operators or Operators()
+        repeats, remaining = divmod(model.layers, len(model.pattern))
+        V, D = model.vocab_size, model.width
+        self.embedding_VD = nnx.Param(
+            jax.random.normal(rngs.params(), (V, D), jnp.float32) * D**-0.5, logical=("vocab", "embed")
+        )
+
+        @nnx.split_rngs(splits=repeats)
+        @nnx.vmap(
+            in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers", "logical": "layers"}
+        )
+        def make_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(model, operators, rngs=rngs)
+
+        self.blocks = make_blocks(rngs)
+        kinds = list(zip(model.pattern, model.rope_pattern, strict=True))[:remaining]
+        self.remainder = nnx.List([Layer(model, kind, use_rope, operators, rngs=rngs) for kind, use_rope in kinds])
+        self.final_norm = RMSNorm((D,), ("embed",), model.norm_epsilon)
+        if not model.tied_embeddings:
+            self.unembedding_DV = nnx.Param(
+                matrix_init(D)(rngs.params(), (D, V), jnp.float32), logical=("embed", "vocab")
+            )
+        self.tied_embeddings = model.tied_embeddings
+        self.compute_dtype = jnp.dtype(model.compute_dtype)
+        self.logits_soft_cap = model.logits_soft_cap
+        self.remat = model.remat
+        self.constrain = operators.constrain
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Returns logits_BTV in float32."""
+        return self.logits(self.hidden(tokens_BT, segment_ids_BT))
+
+    def hidden(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Returns the normed x_BTD in the compute dtype, from int32 tokens and document ids (None: one a row)."""
+        embedding_VD = self.embedding_VD[...].astype(self.compute_dtype)
+        x_BTD = embedding_VD[tokens_BT] * jnp.asarray(embedding_VD.shape[1] ** 0.5, self.compute_dtype)
+        x_BTD = self.constrain(x_BTD, "batch", "length", None)
+        graph, stacked = nnx.split(self.blocks)
+
+        def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, weights)(x_BTD, segment_ids_BT), None
+
+        if self.remat == "block":
+            body = jax.checkpoint(body)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        for layer in self.remainder:
+            x_BTD = layer(x_BTD, segment_ids_BT)
+        return self.final_norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns logits_BTV in float32 from the normed hidden state."""
+        weight, dims = (self.embedding_VD, "vd") if self.tied_embeddings else (self.unembedding_DV, "dv")
+        logits_BTV = jnp.einsum(
+            f"btd,{dims}->btv", x_BTD, weight[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+        logits_BTV = self.constrain(logits_BTV, "batch", "length", "vocab")
+        if self.logits_soft_cap:
+            logits_BTV = self.logits_soft_cap * jnp.tanh(logits_BTV / self.logits_soft_cap)
+        return logits_BTV

@@ -1,0 +1,150 @@
+"""One frozen value maps logical dims to mesh axes; one function makes the mesh."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from rattn.errors import UserError
+from rattn.model.operators import Operators
+from rattn.model.parameters import flatten
+
+AXES = ("data", "fsdp", "seq", "model")
+
+
+def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays devices out along `AXES` with Auto axis types.
+
+    Args:
+      mesh: `config.mesh`, devices along each axis; at most one is -1 and takes what is left.
+      devices: defaults to all devices.
+
+    Raises:
+      UserError: the axes do not use every device exactly once.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [mesh[axis] for axis in AXES]
+    wanted = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"config.mesh is {wanted}; give positive sizes, at most one of them -1.")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(f"config.mesh is {wanted} and there are {len(devices)} devices; make the product equal to it.")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axis, axes or none that each logical dim is split over."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: str | None = "seq"
+    vocab: str | None = "model"
+    embed: str | None = "fsdp"
+    heads: str | None = "model"
+    kv_heads: str | None = "model"
+    head_dim: str | None = None
+    mlp: str | None = "model"
+    layers: str | None = None
+
+    def spec(self, dims: Sequence[str | None]) -> P:
+        """Returns the partition spec of an array with these logical dims (None: not split).
+
+        Raises:
+          UserError: two dims of one array on one mesh axis.
+        """
+        axes = [None if dim is None else getattr(self, dim) for dim in dims]
+        used = [name for axis in axes if axis for name in ((axis,) if isinstance(axis, str) else axis)]
+        for name in used:
+            if used.count(name) > 1:
+                raise UserError(f"Dims {tuple(dims)} put mesh axis {name!r} on two dims of one array; change ShardingRules.")
+        return P(*axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh with the rules that lay arrays out on it."""
+
+    mesh: Mesh
+    rules: ShardingRules = ShardingRules()
+
+    def named(self, *dims: str | None) -> NamedSharding:
+        """Sharding of an array with these logical dims."""
+        return NamedSharding(self.mesh, self.rules.spec(dims))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Sharding of an array that every device holds whole."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Sharding of a [B, T] batch."""
+        return self.named("batch", "length")
+
+    def parameters(self, logical: Any, shapes: Any) -> Any:
+        """Tree of shardings for a tree of logical dims.
+
+        Raises:
+          UserError: a dim that its mesh axis does not divide.
+        """
+        flat_shapes = flatten(shapes)
+        for path, dims in flatten(logical).items():
+            for dim, size, axis in zip(dims, flat_shapes[path].shape, self.rules.spec(dims), strict=True):
+                parts = self.mesh.shape[axis] if axis else 1
+                if size % parts:
+                    raise UserError(
+                        f"Parameter {path} has {dim}={size}, which mesh axis {axis!r} of {parts} devices does not divide; "
+                        f"change config.mesh.{axis} or the model."
+                    )
+        return jax.tree.map(lambda dims: self.named(*dims), logical, is_leaf=lambda x: isinstance(x, tuple))
+
+    def like_parameters(self, tree: Any, shapes: Any, shardings: Any) -> Any:
+        """Shardings for optimizer state: a leaf that mirrors a parameter (same path, same shape) is laid out like it.
+
+        What mirrors none (counts, factored moments) is replicated.
+        """
+        known = {path: (shape.shape, sharding) for (path, shape), sharding in zip(
+            flatten(shapes).items(), flatten(shardings).values(), strict=True)}
+
+        def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            names = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))) for key in path]
+            for start in range(len(names)):
+                shape, sharding = known.get(".".join(names[start:]), (None, None))
+                if shape == leaf.shape:
+                    return sharding
+            return self.replicated
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def check_batch(self, config: ConfigDict) -> None:
+        """Raises UserError where batch or context length does not divide over the mesh."""
+        rows = int(np.prod([self.mesh.shape[axis] for axis in self.rules.batch]))
+        for key, size in (
+            ("batch_size", config.batch_size // config.accumulation_steps),
+            ("evaluation.batch_size", config.evaluation.batch_size),
+        ):
+            if size % rows:
+                raise UserError(
+                    f"config.{key} gives {size} rows at a time, which the {rows} devices along "
+                    f"{' × '.join(self.rules.batch)} do not divide; make it a multiple."
+                )
+        if config.context_length % self.mesh.shape["seq"]:
+            raise UserError(
+                f"config.context_length is {config.context_length}, which mesh axis 'seq' of "
+                f"{self.mesh.shape['seq']} devices does not divide; make it a multiple."
+            )
+
+    def operators(self) -> Operators:
+        """What the model is handed so that its activations follow the rules."""
+        return Operators(constrain=self._constrain)
+
+    def _constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, self.named(*dims))
