@@ -1,0 +1,129 @@
+"""Residual linear attention in plain JAX, O(T): a scan over chunks that carries the state. The portable fallback.
+
+With the keys delayed by the window, slot t holds the newest key that query t reads. Over chunks of C slots
+(arXiv 2506.15545, section 3):
+
+    O_c = φ(Q_c) S_{c-1} + (φ(Q_c) φ(K_c)ᵀ ⊙ M) V_c        M: causal, same document
+    S_c = S_{c-1} + φ(K_c)ᵀ V_c
+
+The state is kept in float32, one for each key/value head, and belongs to the document of the newest key in it: it is
+dropped when the next chunk ends in another one. Matrix products take operands in the input dtype and add up in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.residual_linear_attention.feature_map import features
+
+CHUNK = 64
+
+
+def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state, *, window, feature_map):
+    """Returns (o_BTNH in q's dtype, state_BKPH in float32); arguments as `residual_linear_attention` checks them."""
+    _, T, N, _ = q_BTNH.shape
+    _, S, K, _ = k_BSKH.shape
+    lag = S - T - window  # query t reads the keys up to t + lag
+    has_documents = kv_segment_ids is not None
+
+    # The keys that the first query reads are one sum.
+    past = max(lag, 0)
+    past_ids = kv_segment_ids[:, : max(past, 1)] if has_documents else None
+    state_BKPH = _sum(k_BSKH[:, :past], v_BSKH[:, :past], past_ids, initial_state, feature_map=feature_map)
+
+    C = min(CHUNK, T)
+    slots = -(-T // C) * C
+    front = min(max(-lag, 0), T)
+    key_pad = ((0, 0), (front, slots - T), (0, 0), (0, 0))
+    k_slots = jnp.pad(k_BSKH[:, past : past + T - front], key_pad)
+    v_slots = jnp.pad(v_BSKH[:, past : past + T - front], key_pad)
+    q_slots = jnp.pad(q_BTNH, ((0, 0), (0, slots - T), (0, 0), (0, 0)))
+    chunks = {
+        "q": _to_chunks(q_slots, C).reshape(slots // C, -1, K, N // K, C, q_BTNH.shape[-1]),
+        "k": _to_chunks(k_slots, C),
+        "v": _to_chunks(v_slots, C),
+    }
+    if has_documents:
+        # A padded slot counts to the document of its neighbour, so that it resets nothing; its value is zero.
+        newest = np.clip(np.arange(-1, slots) + lag, 0, max(S - 1 - window, 0))
+        ids = kv_segment_ids[:, newest]
+        chunks["k_ids"] = ids[:, 1:].reshape(-1, slots // C, C).swapaxes(0, 1)
+        chunks["state_id"] = ids[:, :-1:C].swapaxes(0, 1)
+        q_ids = jnp.pad(q_segment_ids, ((0, 0), (0, slots - T)))
+        chunks["q_ids"] = q_ids.reshape(-1, slots // C, C).swapaxes(0, 1)
+
+    body = jax.checkpoint(functools.partial(_chunk, feature_map=feature_map), prevent_cse=False)
+    state_BKPH, o_chunks = jax.lax.scan(body, state_BKPH, chunks)
+    o_BTNH = jnp.transpose(o_chunks, (1, 0, 4, 2, 3, 5)).reshape(-1, slots, *q_BTNH.shape[2:])[:, :T]
+    if has_documents:
+        state_BKPH = _keep(ids[:, -1] == kv_segment_ids[:, -1], state_BKPH)
+    return o_BTNH, state_BKPH
+
+
+def state(k_BSKH, v_BSKH, kv_segment_ids, initial_state, *, window, feature_map):
+    """Returns state_BKPH in float32: what a query at the last key position reads."""
+    visible = max(k_BSKH.shape[1] - window, 0)
+    ids = None if kv_segment_ids is None else kv_segment_ids[:, : max(visible, 1)]
+    state_BKPH = _sum(k_BSKH[:, :visible], v_BSKH[:, :visible], ids, initial_state, feature_map=feature_map)
+    if kv_segment_ids is None:
+        return state_BKPH
+    return _keep(ids[:, -1] == kv_segment_ids[:, -1], state_BKPH)
+
+
+def _sum(k_BSKH, v_BSKH, ids, initial_state, *, feature_map):
+    """Returns state_BKPH: Σ φ(k)ᵀ v over the last document of `ids`, and the initial state if the first is that too."""
+    if ids is not None and v_BSKH.shape[1]:
+        v_BSKH = jnp.where((ids == ids[:, -1:])[:, :, None, None], v_BSKH, 0)
+
+    @jax.checkpoint
+    def product(k_BSKH, v_BSKH):
+        return _dot("bskp,bskh->bkph", features(feature_map, k_BSKH).astype(k_BSKH.dtype), v_BSKH)
+
+    state_BKPH = product(k_BSKH, v_BSKH)
+    if initial_state is None:
+        return state_BKPH
+    if ids is not None:
+        initial_state = _keep(ids[:, 0] == ids[:, -1], initial_state)
+    return state_BKPH + initial_state
+
+
+def _chunk(state_BKPH, chunk, *, feature_map):
+    """One step of the scan: the state before the chunk and the chunk to the state after it and the chunk's outputs."""
+    q_BKGCH, k_BKCH, v_BKCH = chunk["q"], chunk["k"], chunk["v"]
+    dtype, C = q_BKGCH.dtype, k_BKCH.shape[2]
+    q_BKGCP = features(feature_map, q_BKGCH).astype(dtype)
+    k_BKCP = features(feature_map, k_BKCH).astype(dtype)
+
+    before = _dot("bkgtp,bkph->bkgth", q_BKGCP, state_BKPH.astype(dtype))
+    scores = _dot("bkgtp,bksp->bkgts", q_BKGCP, k_BKCP)
+    mask = jnp.tri(C, dtype=bool)[None]
+    if "k_ids" in chunk:
+        q_ids, k_ids, state_id = chunk["q_ids"], chunk["k_ids"], chunk["state_id"]
+        mask = mask & (q_ids[:, :, None] == k_ids[:, None, :])
+        before = jnp.where((q_ids == state_id[:, None])[:, None, None, :, None], before, 0)
+        state_BKPH = _keep(k_ids[:, -1] == state_id, state_BKPH)
+        v_last = jnp.where((k_ids == k_ids[:, -1:])[:, None, :, None], v_BKCH, 0)
+    else:
+        v_last = v_BKCH
+    scores = jnp.where(mask[:, None, None], scores, 0).astype(dtype)
+    o_BKGCH = before + _dot("bkgts,bksh->bkgth", scores, v_BKCH)
+    state_BKPH = state_BKPH + _dot("bksp,bksh->bkph", k_BKCP, v_last)
+    return state_BKPH, o_BKGCH.astype(dtype)
+
+
+def _to_chunks(x, C):
+    """[B, nC, heads, H] to [n, B, heads, C, H]."""
+    B, slots, heads, H = x.shape
+    return jnp.transpose(x.reshape(B, slots // C, C, heads, H), (1, 0, 3, 2, 4))
+
+
+def _keep(keep_B, state_BKPH):
+    return jnp.where(keep_B[:, None, None, None], state_BKPH, 0)
+
+
+def _dot(equation, a, b):
+    """Einsum that adds up in float32; float32 operands are not rounded on the way to the matrix unit."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
