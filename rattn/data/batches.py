@@ -1,0 +1,237 @@
+"""Batches for training and evaluation: slices of prepared streams, shuffled and mixed by arithmetic alone."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+
+import grain
+import jax
+from ml_collections import ConfigDict
+
+from rattn.data.preparation import check_prepared
+from rattn.data.rows import Batch, gather_rows, row_count
+from rattn.data.stream import BlockStream, Prepared
+from rattn.data.synthetic import SyntheticStream
+from rattn.data.vocabulary import Vocabulary, load_vocabulary
+from rattn.errors import UserError
+
+
+class TrainBatches:
+    """This process's training batches: a pure function of (data, context length, batch size, seed, step).
+
+    Row positions p = step * B + j (j < B, the global batch) are numbered without end. A mixture gives each position to
+    a source, by weight and evenly spread; a source's n-th position is a row of its epoch n // rows, in an order that is
+    shuffled anew each epoch, so one epoch of a source visits each row once. A process reads a contiguous share of the
+    batch: the global batch is the same for any number of processes.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[BlockStream],
+        names: Sequence[str],
+        weights: Sequence[float],
+        *,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Takes one stream, name and weight (any scale, 0 leaves the source out) for each source.
+
+        Raises:
+          UserError: a weighted source has no rows, or the batch does not divide among the processes.
+        """
+        if batch_size % process_count:
+            raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
+        self._streams, self._names, self._T, self._B = list(streams), list(names), context_length, batch_size
+        self._share = range(
+            batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
+        )
+        sources, used_weights, self._rows_per_draw = [], [], []
+        for index, (stream, name, weight) in enumerate(zip(streams, names, weights, strict=True)):
+            if not weight:
+                continue
+            rows = row_count(stream.tokens, context_length)
+            if not rows:
+                raise UserError(
+                    f"The source {name!r} has no training tokens; prepare more text or set its weight to 0."
+                )
+            order = grain.MapDataset.range(rows).shuffle(seed=_source_seed(seed, name)).repeat()
+            sources.append(order.map(lambda row, index=index: (index, row)))
+            used_weights.append(weight)
+            self._rows_per_draw.append(rows / weight)
+        if not sources:
+            raise UserError("Every source has weight 0; give at least one a positive data.weights entry.")
+        self._order = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, used_weights)
+        self._rows_per_draw = [rows * sum(used_weights) for rows in self._rows_per_draw]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> Batch:
+        """Returns this process's share b of the batch.
+
+        `tokens`, `targets`, `segment_ids` int32 [b, T], `loss_mask` bool [b, T] (see `rattn.data`).
+        """
+        return gather_rows(self._streams, [self._order[step * self._B + j] for j in self._share], self._T)
+
+    def row_ids(self, step: int) -> list[tuple[str, int]]:
+        """Returns (source, row) for each row of the global batch, to name it in a message."""
+        ids = (self._order[step * self._B + j] for j in range(self._B))
+        return [(self._names[source], row) for source, row in ids]
+
+    def epoch(self, step: int) -> float:
+        """Returns how often the most often read source has been passed before `step`."""
+        return step * self._B / min(self._rows_per_draw)
+
+
+class EvaluationBatches:
+    """The rows of a split in order, each once, in batches; padding rows fill the last one.
+
+    With a limit of batches the rows are spread evenly over the split, so each part of it is seen. A process reads a
+    contiguous share of each batch.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[BlockStream],
+        *,
+        context_length: int,
+        batch_size: int,
+        max_batches: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Takes the sources' streams; `max_batches` 0 reads all.
+
+        Raises:
+          UserError: there are no rows, or the batch does not divide among the processes.
+        """
+        if batch_size % process_count:
+            raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
+        self._streams, self._T, self._B = list(streams), context_length, batch_size
+        self._share = range(
+            batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
+        )
+        rows = [(i, row) for i, s in enumerate(streams) for row in range(row_count(s.tokens, context_length))]
+        if not rows:
+            raise UserError(
+                "There is nothing to evaluate on: the split is empty; prepare more documents or a larger fraction."
+            )
+        wanted = min(len(rows), max_batches * batch_size or len(rows))
+        self._rows = [rows[i * len(rows) // wanted] for i in range(wanted)]
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._B)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Returns this process's share of batch `index`, in the form of `TrainBatches`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        ids = self._rows[index * self._B : (index + 1) * self._B]
+        ids += [(-1, 0)] * (self._B - len(ids))
+        return gather_rows(self._streams, [ids[j] for j in self._share], self._T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+      vocabulary: what the tokens mean.
+      fingerprint: identifies the tokens of every source (weights and row length do not change it).
+      train: the training batches of this process.
+    """
+
+    vocabulary: Vocabulary
+    fingerprint: str
+    train: TrainBatches
+    _streams: dict[str, list[BlockStream]]
+    _context_length: int
+    _batch_size: int
+    _process: dict[str, int]
+
+    def evaluation_batches(
+        self, split: str = "validation", max_batches: int = 0, *, batch_size: int | None = None
+    ) -> EvaluationBatches:
+        """Returns the batches of "validation" (or "train") in order; the batch size is the training's unless given."""
+        return EvaluationBatches(
+            self._streams[split],
+            context_length=self._context_length,
+            batch_size=batch_size or self._batch_size,
+            max_batches=max_batches,
+            **self._process,
+        )
+
+
+def open_data(
+    data_config: ConfigDict,
+    *,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Data:
+    """Opens the data that `config.data` names; run `rattn.data.preparation.ensure_prepared` first.
+
+    Args:
+      data_config: `config.data`.
+      context_length: T, tokens a row.
+      batch_size: rows a step, over all processes.
+      seed: fixes the order of the rows (and the tokens of the synthetic source).
+      process_index, process_count: whose share; JAX's own unless given.
+
+    Raises:
+      UserError: no complete preparation, another one than the config's, a damaged shard, weights that do not fit.
+    """
+    process = {
+        "process_index": jax.process_index() if process_index is None else process_index,
+        "process_count": jax.process_count() if process_count is None else process_count,
+    }
+    if data_config.source == "synthetic":
+        vocabulary = load_vocabulary(data_config.vocabulary)
+        streams = {split: [SyntheticStream(seed, split, vocabulary)] for split in ("train", "validation")}
+        names, weights = ("synthetic",), (1.0,)
+        fingerprint = hashlib.sha256(f"synthetic {seed} {vocabulary.fingerprint}".encode()).hexdigest()
+    else:
+        prepared = Prepared(data_config.path)
+        check_prepared(data_config, prepared)
+        vocabulary, fingerprint = prepared.vocabulary(), prepared.fingerprint
+        streams = {split: prepared.streams(split) for split in ("train", "validation")}
+        names, weights = prepared.names, _weights(data_config.weights, prepared)
+    train = TrainBatches(
+        streams["train"], names, weights, context_length=context_length, batch_size=batch_size, seed=seed, **process
+    )
+    return Data(vocabulary, fingerprint, train, streams, context_length, batch_size, process)
+
+
+def prefetched(
+    batches: TrainBatches | EvaluationBatches, start_step: int = 0, *, read_threads: int, prefetch_batches: int
+) -> Iterator[Batch]:
+    """Iterates over `batches[start_step], batches[start_step + 1], …`, read ahead by background threads.
+
+    Call `close()` on the iterator to stop the threads.
+    """
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=prefetch_batches)
+    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def _weights(given: Sequence[float], prepared: Prepared) -> Sequence[float]:
+    if not given:
+        return prepared.weights
+    if len(given) != len(prepared.names) or min(given) < 0:
+        raise UserError(
+            f"data.weights is {tuple(given)} and {str(prepared.folder)!r} holds {len(prepared.names)} sources "
+            f"({', '.join(prepared.names)}); give one weight ≥ 0 for each, or ()."
+        )
+    return given
+
+
+def _source_seed(seed: int, name: str) -> int:
+    """Returns 32 bits. Grain adds the epoch to it, so neighbouring seeds must not give neighbouring values."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")

