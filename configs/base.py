@@ -83,7 +83,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     optimizer.final_fraction = 0.1
     # Decoupled, scaled by the learning rate; matrices only (no norm scales, no embeddings).
     optimizer.weight_decay = 0.1
-    # First and second moments (adamw, muon's adamw part); rmsprop: momentum and decay; adafactor: beta2 is its decay rate.
+    # First and second moments of adamw; momentum and decay of rmsprop; muon: beta2 is its momentum. Not adafactor's.
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
     optimizer.epsilon = 1e-8

@@ -34,7 +34,10 @@ def get_config(arguments: str = "") -> ConfigDict:
     )
     config.loss.chunk_tokens = 512
     config.data.update(
-        task="pretraining_mixture", module="my_tasks", path="data/pretraining_mixture", vocabulary="data/vocabulary.model"
+        task="pretraining_mixture",
+        module="my_tasks",
+        path="data/pretraining_mixture",
+        vocabulary="data/vocabulary.model",
     )
     config.optimizer.update(
         name="rmsprop", learning_rate=1e-3, warmup_steps=2000, beta1=0.9, beta2=0.95, weight_decay=0.1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rattn.errors import UserError, nearest
@@ -49,7 +49,9 @@ def parse_arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
                 raise ValueError
             arguments[key] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise UserError(f"Recipe argument {key!r} takes a {kind.__name__}, got {value!r}; write {key}=VALUE.") from None
+            raise UserError(
+                f"Recipe argument {key!r} takes {kind.__name__}, got {value!r}; write {key}=VALUE."
+            ) from None
     return SimpleNamespace(**arguments)
 
 
@@ -86,7 +88,9 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key, choices in CHOICES.items():
         value = _lookup(config, key)
         if value not in choices:
-            raise UserError(f"config.{key} is {value!r}{nearest(str(value), choices)}; use one of {', '.join(choices)}.")
+            raise UserError(
+                f"config.{key} is {value!r}{nearest(str(value), choices)}; use one of {', '.join(choices)}."
+            )
     model = config.model
     for key in ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
         if model[key] < 1:
@@ -171,6 +175,8 @@ def run_main(main: Callable[[ConfigDict], int], extra_flags: Callable[[], None] 
         return flags.FLAGS(list(arguments))
 
     def guarded(_: list[str]) -> int:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
         return main(validate(flags.FLAGS.config))
 
     try:

@@ -8,7 +8,6 @@ import optax
 from ml_collections import ConfigDict
 
 
-
 def learning_rate_schedule(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then the schedule that `config.optimizer` names, ending at peak · final_fraction."""
     peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
@@ -45,9 +44,9 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int, logical: Any) -> opt
     """Builds the update rule of `config.optimizer`.
 
     Clipping by global norm first; weight decay is decoupled, scaled by the learning rate, on matrices only.
-    `rmsprop` is RMSProp with momentum, both bias-corrected (the paper's "variant" is not specified further), its momentum an
-    exponential mean so that learning rates compare with Adam's. `adafactor` is Shazeer & Stern 2018: the learning rate
-    is relative to each parameter's RMS. `muon` runs AdamW on what is not a matrix.
+    `rmsprop` is RMSProp with momentum, both bias-corrected (the paper's "variant" is not specified further), its
+    momentum an exponential mean so that learning rates compare with Adam's. `adafactor` is Shazeer & Stern 2018: the
+    learning rate is relative to each parameter's RMS. `muon` runs AdamW on what is not a matrix.
 
     Args:
       optimizer: `config.optimizer`.

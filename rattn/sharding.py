@@ -64,7 +64,9 @@ class ShardingRules:
         used = [name for axis in axes if axis for name in ((axis,) if isinstance(axis, str) else axis)]
         for name in used:
             if used.count(name) > 1:
-                raise UserError(f"Dims {tuple(dims)} put mesh axis {name!r} on two dims of one array; change ShardingRules.")
+                raise UserError(
+                    f"Dims {tuple(dims)} put mesh axis {name!r} on two dims of one array; change ShardingRules."
+                )
         return P(*axes)
 
 
@@ -101,7 +103,7 @@ class Sharding:
                 parts = self.mesh.shape[axis] if axis else 1
                 if size % parts:
                     raise UserError(
-                        f"Parameter {path} has {dim}={size}, which mesh axis {axis!r} of {parts} devices does not divide; "
+                        f"Parameter {path} has {dim}={size}, which mesh axis {axis!r} of {parts} does not divide; "
                         f"change config.mesh.{axis} or the model."
                     )
         return jax.tree.map(lambda dims: self.named(*dims), logical, is_leaf=lambda x: isinstance(x, tuple))
@@ -111,8 +113,10 @@ class Sharding:
 
         What mirrors none (counts, factored moments) is replicated.
         """
-        known = {path: (shape.shape, sharding) for (path, shape), sharding in zip(
-            flatten(shapes).items(), flatten(shardings).values(), strict=True)}
+        known = {
+            path: (shape.shape, sharding)
+            for (path, shape), sharding in zip(flatten(shapes).items(), flatten(shardings).values(), strict=True)
+        }
 
         def of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             names = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))) for key in path]

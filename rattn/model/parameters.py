@@ -44,7 +44,7 @@ def model_spec(model: ConfigDict, operators: Operators | None = None) -> ModelSp
 
 def initial_parameters(model: ConfigDict, seed: int) -> Tree:
     """Draws the initial float32 parameters, a pure function of (model, seed)."""
-    return nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(params=seed)), nnx.Param))
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(params=seed)), nnx.Param)))()
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:

@@ -70,7 +70,11 @@ def blockwise_attention(
             jax.lax.dynamic_slice_in_dim(x, start, keys_read, axis=1) for x in (k, v, kv_segments)
         )
         mask = in_window[None, :, :] & (q_segments[:, :, None] == segments[:, None, :])
-        return jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None], scale=H**-0.5, implementation="xla")
+        # JAX's own function relies on implicit promotion of bfloat16 to float32.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, keys, values, mask=mask[:, None], scale=H**-0.5, implementation="xla"
+            )
 
     starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
     blocks = jax.lax.map(lambda xs: attend(*xs), (starts, pad_queries(q_BTNH), pad_queries(q_segment_ids)))

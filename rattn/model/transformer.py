@@ -57,9 +57,7 @@ class Transformer(nnx.Module):
         )
 
         @nnx.split_rngs(splits=repeats)
-        @nnx.vmap(
-            in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers", "logical": "layers"}
-        )
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers", "logical": "layers"})
         def make_blocks(rngs: nnx.Rngs) -> Block:
             return Block(model, operators, rngs=rngs)
 

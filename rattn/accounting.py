@@ -1,0 +1,195 @@
+"""What a config costs, counted by us from shapes and masks: parameters, FLOPs, memory, decode cache.
+
+FLOPs are never XLA's `cost_analysis`, which counts a scanned body once and knows of a kernel only what we tell it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rattn.model.parameters import ModelSpec, flatten
+
+# Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; keys are prefixes of jax's device_kind.
+PEAK_FLOPS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+FLOAT32_BYTES = 4
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bf16 FLOP/s of a device, or None where it is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
+
+
+def layer_kinds(model: ConfigDict) -> list[str]:
+    """The mixer of every layer, the pattern repeated over the depth."""
+    return [model.pattern[i % len(model.pattern)] for i in range(model.layers)]
+
+
+def feature_dim(model: ConfigDict) -> int:
+    """P of φ: 2H, or H for the identity."""
+    return model.head_dim * (1 if model.feature_map == "identity" else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysSeen:
+    """Average keys that a query of a row really sees in each kind of softmax attention."""
+
+    full: float
+    window: float
+
+
+def keys_seen(model: ConfigDict, context_length: int) -> KeysSeen:
+    """Keys seen where each row is one document (packed rows see fewer; the training step counts them)."""
+    positions = np.arange(1, context_length + 1)
+    return KeysSeen(float(positions.mean()), float(np.minimum(positions, model.window).mean()))
+
+
+def forward_flops_per_token(model: ConfigDict, spec: ModelSpec, keys: KeysSeen) -> dict[str, float]:
+    """Model FLOPs of the forward pass by part.
+
+    2 per weight of a matrix product (the embedding's look-up is none, the unembedding is one); softmax attention 4·N·H
+    per key really seen; residual linear attention 2·P·H·(N + K). Nothing for recomputation or for work inside a chunk.
+    """
+    flat = flatten(spec.shapes)
+    matrices = sum(leaf.size for path, leaf in flat.items() if not path.endswith("scale") and "embedding" not in path)
+    kinds = layer_kinds(model)
+    N, K, H = model.query_heads, model.kv_heads, model.head_dim
+    softmax = kinds.count("full") * keys.full + (kinds.count("swa") + kinds.count("rattention")) * keys.window
+    linear = kinds.count("linear") + kinds.count("rattention")
+    return {
+        "matrices": 2.0 * matrices,
+        "unembedding": 2.0 * model.vocab_size * model.width,
+        "softmax attention": 4.0 * N * H * softmax,
+        "linear attention": 2.0 * feature_dim(model) * H * (N + K) * linear,
+    }
+
+
+def training_flops_per_token(model: ConfigDict, spec: ModelSpec, keys: KeysSeen) -> float:
+    """Model FLOPs of a training step for each token: forward, and backward at twice that."""
+    return 3 * sum(forward_flops_per_token(model, spec, keys).values())
+
+
+def parameters_by_part(spec: ModelSpec) -> dict[str, int]:
+    """Scalars in each part of the model."""
+    parts = {"embedding": 0, "mixers": 0, "feed-forward": 0, "norms": 0}
+    for path, leaf in flatten(spec.shapes).items():
+        if "embedding" in path:
+            part = "embedding"
+        elif path.endswith("scale"):
+            part = "norms"
+        else:
+            part = "feed-forward" if ".mlp." in path else "mixers"
+        parts[part] += leaf.size
+    return parts
+
+
+def memory_by_part(config: ConfigDict, spec: ModelSpec, optimizer_state: Any) -> dict[str, float]:
+    """Bytes of a training step over all devices; activations are a formula's estimate, the rest is exact.
+
+    Args:
+      config: the whole config.
+      spec: the model's shapes.
+      optimizer_state: tree of ShapeDtypeStructs.
+    """
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(spec.shapes))
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer_state))
+    return {"parameters": weights, "optimizer": state, "gradients": weights, "activations": _activation_bytes(config)}
+
+
+def _activation_bytes(config: ConfigDict) -> float:
+    """What the backward pass keeps: residual streams at checkpoints, one block's insides, the logits at hand."""
+    model = config.model
+    tokens = config.batch_size * config.context_length / config.accumulation_steps
+    itemsize = np.dtype(np.float32).itemsize if model.compute_dtype == "float32" else 2
+    heads = model.query_heads + 2 * model.kv_heads
+    # Inside a layer: two norms and two residual sums (4D), q, k, v before and after norm and RoPE, branch outputs and
+    # their norms, gate, up and their product.
+    inside = 4 * model.width + 3 * heads * model.head_dim + 4 * model.query_heads * model.head_dim + 4 * model.mlp_width
+    if model.remat == "block":
+        kept = model.width * model.layers / len(model.pattern) + inside * len(model.pattern)
+    else:
+        kept = inside * model.layers
+    logits_tokens = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
+    return tokens * kept * itemsize + 2 * logits_tokens * model.vocab_size * FLOAT32_BYTES
+
+
+def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_itemsize: int = 2) -> dict[str, int]:
+    """Bytes that decoding keeps for one sequence of `context_length` tokens, by kind of cache.
+
+    A window layer keeps the newest W keys and values, a linear branch P × H float32 sums per key/value head, a full
+    layer every key and value.
+
+    Args:
+      model: `config.model`.
+      context_length: tokens in the cache.
+      cache_itemsize: bytes of a cached key or value element.
+    """
+    kinds = layer_kinds(model)
+    K, H = model.kv_heads, model.head_dim
+    per_token = 2 * K * H * cache_itemsize
+    window_layers = kinds.count("swa") + kinds.count("rattention")
+    linear_layers = kinds.count("linear") + kinds.count("rattention")
+    return {
+        "full": kinds.count("full") * context_length * per_token,
+        "window": window_layers * min(model.window, context_length) * per_token,
+        "state": linear_layers * K * feature_dim(model) * H * FLOAT32_BYTES,
+    }
+
+
+def summary(config: ConfigDict, spec: ModelSpec, optimizer_state: Any, num_devices: int) -> str:
+    """The table that a run starts with."""
+    model = config.model
+    parts = parameters_by_part(spec)
+    tokens = config.batch_size * config.context_length
+    flops = training_flops_per_token(model, spec, keys_seen(model, config.context_length))
+    memory = memory_by_part(config, spec, optimizer_state)
+    cache = cache_bytes_per_sequence(model, config.context_length)
+    named = ", ".join(f"{name} {_si(count)}" for name, count in parts.items())
+    rows = [
+        ("parameters", f"{_si(sum(parts.values()))} ({named})"),
+        ("layers", _runs(layer_kinds(model)) + f", window {model.window}"),
+        ("tokens a step", f"{tokens:,} ({config.batch_size} rows × {config.context_length})"),
+        ("FLOPs a token", f"{_si(flops)} (forward and backward, one document a row)"),
+        (
+            "memory estimate",
+            f"{_bytes(sum(memory.values()))} over {num_devices} device{'s' * (num_devices > 1)} "
+            f"({', '.join(f'{name} {_bytes(size)}' for name, size in memory.items())})",
+        ),
+        (
+            "decode cache",
+            f"{_bytes(sum(cache.values()))} a sequence of {config.context_length} tokens "
+            f"({', '.join(f'{name} {_bytes(size)}' for name, size in cache.items() if size)}; bf16, float32 state)",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _runs(kinds: list[str]) -> str:
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _bytes(value: float) -> str:
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"

@@ -1,0 +1,88 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and a live line for whoever watches."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` (one JSON object a line) and to TensorBoard event files.
+
+    On a `gs://` workdir appending rewrites the object; this has not been tried.
+    """
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict, first_step: int):
+        """Opens the files; lines of steps after `first_step`, which a killed run left behind, are dropped.
+
+        The run makes them again, with the same values.
+        """
+        self._path = workdir / "metrics.jsonl"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= first_step]
+        if kept != lines:
+            self._path.write_text("".join(line + "\n" for line in kept))
+        self._tensorboard = (
+            SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1) if config.tensorboard else None
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one line and flushes it."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+class Progress:
+    """A live line on a terminal, a plain line now and then elsewhere."""
+
+    SECONDS_BETWEEN_PLAIN_LINES = 15.0
+
+    def __init__(self, total_steps: int, first_step: int):
+        self._total, self._first, self._started = total_steps, first_step, time.monotonic()
+        self._live = sys.stdout.isatty()
+        self._last_plain = -float("inf")
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        """Shows step/total, loss, tokens a second and the time left."""
+        now = time.monotonic()
+        if not self._live and now - self._last_plain < self.SECONDS_BETWEEN_PLAIN_LINES and step < self._total:
+            return
+        self._last_plain = now
+        done = max(step - self._first, 1)
+        eta = (now - self._started) / done * (self._total - step)
+        line = (
+            f"step {step:,}/{self._total:,} · loss {values['loss']:.4f} · {values['tokens_per_second']:,.0f} tokens/s"
+        )
+        if "mfu" in values:
+            line += f" · MFU {100 * values['mfu']:.1f} %"
+        line += f" · {_duration(eta)} left"
+        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        print(f"\r\033[K{text}" if self._live else text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -1,0 +1,351 @@
+"""python -m rattn.train --config configs/tiny.py [--workdir runs/tiny] [--config.key=value …]
+
+Trains, or continues where the workdir's last checkpoint stands. Exit status: 0 the run is complete, 75 it was told to
+stop, saved, and should be started again, anything else failed with a sentence.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from rattn import accounting, platform
+from rattn.checkpoint import Checkpoints, check_same_parameters, parameter_manifest
+from rattn.config import differences, run_main, to_json
+from rattn.data.batches import Data, ensure_prepared, open_data
+from rattn.errors import UserError
+from rattn.metrics import MetricsWriter, Progress
+from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
+from rattn.optimizer import learning_rate_schedule, make_optimizer
+from rattn.sharding import Sharding, make_mesh
+from rattn.step import make_eval_step, make_train_step
+
+EXIT_COMPLETE, EXIT_RESTART = 0, 75
+# Keys that may change between a run and its continuation without making another run of it.
+FREE_SECTIONS = ("checkpoint.", "evaluation.", "log.", "mesh.", "data.read_threads", "data.prefetch_batches")
+
+
+def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int:
+    """Runs a valid config to its end, to a signal, or to a sentence; returns the exit status.
+
+    Args:
+      config: as `rattn.config.validate` returns it.
+      workdir: local or `gs://` folder of logs and checkpoints; a run found there is continued.
+      command: what the user typed, to say how to continue.
+    """
+    platform.configure()
+    workdir = epath.Path(workdir)
+    sharding = Sharding(make_mesh(config.mesh))
+    sharding.check_batch(config)
+    if jax.process_index() == 0:
+        ensure_prepared(config.data)
+    data = open_data(config.data, context_length=config.context_length, batch_size=config.batch_size, seed=config.seed)
+    _check_vocabulary(config, data)
+
+    spec = model_spec(config.model, sharding.operators())
+    schedule = learning_rate_schedule(config.optimizer, config.total_steps)
+    optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
+    shapes, shardings = _state_layout(spec, optimizer, sharding)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    print(f"rattn · {workdir} · {jax.device_count()} × {jax.devices()[0].device_kind}")
+    print(accounting.summary(config, spec, shapes["optimizer"], jax.device_count()))
+    meta = {
+        "config": to_json(config),
+        "data_fingerprint": data.fingerprint,
+        "parameters": parameter_manifest(spec.shapes),
+    }
+    try:
+        state, first_step = _restore(checkpoints, shapes, shardings, meta)
+        if state is None:
+            initialise = lambda: _initial_state(config, optimizer)  # noqa: E731
+            state, first_step = jax.jit(initialise, out_shardings=shardings)(), 0
+        if first_step >= config.total_steps:
+            print(f"The run is complete at step {first_step}; to train longer, raise config.total_steps.")
+            return EXIT_COMPLETE
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+            data.vocabulary.copy_to(workdir)
+        run = _Loop(config, workdir, sharding, data, spec, checkpoints, meta)
+        step_function = make_train_step(config, spec, optimizer, schedule)
+        status = run.loop(step_function, state, shardings, first_step)
+    finally:
+        checkpoints.close()
+    _say_goodbye(status, workdir, command)
+    return status
+
+
+class _Loop:
+    """The training loop and what it carries between steps."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        sharding: Sharding,
+        data: Data,
+        spec: ModelSpec,
+        checkpoints: Checkpoints,
+        meta: dict[str, Any],
+    ):
+        self.config, self.workdir, self.sharding, self.data, self.spec = config, workdir, sharding, data, spec
+        self.checkpoints, self.meta = checkpoints, meta
+        self.peak = accounting.peak_flops(jax.devices()[0])
+        self.tokens_per_step = config.batch_size * config.context_length
+
+    def loop(self, step_function: Any, state: Any, shardings: Any, first_step: int) -> int:
+        """Trains from `first_step` to the end or a signal; returns the exit status."""
+        config, total = self.config, self.config.total_steps
+        self.writer = MetricsWriter(self.workdir, config.log, first_step) if jax.process_index() == 0 else None
+        self.progress = Progress(total, first_step)
+        self.saved_step, self.clock = first_step, _Clock()
+        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
+        batches = self.data.train_batches(first_step)
+        step, pending = first_step, None
+        with _stop_signal() as stop, jax.transfer_guard("disallow"):
+            try:
+                while step < total and not stop:
+                    self._profile(step)
+                    with self.clock.waiting():
+                        batch = self._to_devices(next(batches))
+                    state, metrics = train_step(state, batch)
+                    step += 1
+                    # Looked at only now, with the next step queued, so that the devices never wait for the host.
+                    if pending:
+                        self._look(*pending)
+                    pending = (step, metrics)
+                    evaluate = step == total or step % config.evaluation.every_steps == 0
+                    save = step == total or step % config.checkpoint.every_steps == 0
+                    if evaluate or save:
+                        self._look(*pending)
+                        pending = None
+                        with self.clock.paused():
+                            if evaluate:
+                                self._evaluate(step, state["parameters"])
+                            if save:
+                                self._save(step, state)
+                if pending:
+                    self._look(*pending)
+                if self.saved_step != step:
+                    self._save(step, state)
+                self.checkpoints.wait()
+            finally:
+                if self.writer:
+                    self.writer.close()
+        return EXIT_COMPLETE if step == total else EXIT_RESTART
+
+    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(self.sharding.batch, value) for name, value in batch.items()
+        }
+
+    def _look(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Fetches a step's metrics, stops at what is not finite, and logs."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):
+            self._not_finite(step, values)
+        keys = accounting.KeysSeen(full=values.pop("keys_full"), window=values.pop("keys_window"))
+        if step % self.config.log.every_steps and step != self.config.total_steps:
+            return
+        seconds, waited = self.clock.lap(step)
+        values["tokens_per_second"] = self.tokens_per_step / seconds
+        if self.peak:
+            flops = accounting.training_flops_per_token(self.config.model, self.spec, keys)
+            values["mfu"] = flops * values["tokens_per_second"] / (self.peak * jax.device_count())
+        values["data_wait_fraction"] = waited
+        if self.writer:
+            self.writer.write(step, values)
+            self.progress.show(step, values)
+
+    def _not_finite(self, step: int, values: dict[str, float]) -> None:
+        rows = ", ".join(f"{source}:{row}" for source, row in self.data.row_ids(step - 1)[:8])
+        what = (
+            f"Step {step} has loss {values['loss']} and gradient norm {values['grad_norm']} (rows {rows}, …); "
+            f"its update was not applied, and the last good checkpoint is of step {self.saved_step}"
+        )
+        if self.config.on_non_finite == "stop":
+            raise UserError(
+                f"{what}; lower the learning rate, or pass over such steps with --config.on_non_finite=skip."
+            )
+        self.progress.say(f"{what}; going on.")
+
+    def _evaluate(self, step: int, parameters: Any) -> None:
+        """Writes `eval/loss` (nats a target) and `eval/bits_per_byte` of the validation rows."""
+        config = self.config
+        sums = []
+        for batch in self.data.evaluation_batches(config.evaluation.batch_size, config.evaluation.max_batches):
+            sums.append(self._eval_step(parameters, self._to_devices(batch), self._token_bytes))
+        if not sums:
+            return
+        totals = {name: sum(float(entry[name]) for entry in jax.device_get(sums)) for name in sums[0]}
+        values = {
+            "eval/loss": totals["nats"] / totals["targets"],
+            "eval/bits_per_byte": totals["nats"] / np.log(2) / totals["text_bytes"],
+        }
+        if self.writer:
+            self.writer.write(step, values)
+            self.progress.say(
+                f"step {step:,} · validation loss {values['eval/loss']:.4f} · "
+                f"{values['eval/bits_per_byte']:.4f} bits per byte ({totals['targets']:,.0f} tokens)"
+            )
+
+    @functools.cached_property
+    def _eval_step(self) -> Any:
+        return jax.jit(make_eval_step(self.spec, self.config.loss.chunk_tokens))
+
+    @functools.cached_property
+    def _token_bytes(self) -> jax.Array:
+        table = np.zeros(self.config.model.vocab_size, np.int32)
+        token_bytes = self.data.vocabulary.token_bytes()
+        table[: len(token_bytes)] = token_bytes
+        return jax.device_put(table, self.sharding.replicated)
+
+    def _save(self, step: int, state: Any) -> None:
+        """Starts to save a step whose metrics were looked at, so are known to be finite."""
+        self.checkpoints.save(step, state, self.meta)
+        self.saved_step = step
+
+    def _profile(self, step: int) -> None:
+        first, last = tuple(self.config.log.profile_steps) or (None, None)
+        if step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif step == last:
+            jax.profiler.stop_trace()
+
+
+class _Clock:
+    """Seconds a step, and the share of them spent waiting for data, since the last lap."""
+
+    def __init__(self):
+        self._lap_step, self._lap_at = None, time.monotonic()
+        self._waited = self._paused = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        started = time.monotonic()
+        yield
+        self._paused += time.monotonic() - started
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Returns (seconds a step, share waited) since the last lap and starts another."""
+        now = time.monotonic()
+        seconds = max(now - self._lap_at - self._paused, 1e-9)
+        steps = step - self._lap_step if self._lap_step is not None else 1
+        share = self._waited / seconds
+        self._lap_step, self._lap_at, self._waited, self._paused = step, now, 0.0, 0.0
+        return seconds / max(steps, 1), min(share, 1.0)
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list]:
+    """Collects SIGTERM and SIGINT into a list, once; a second one acts as it would have."""
+    received: list[int] = []
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, old[number])
+
+    for number in old:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[Any, Any]:
+    """Shapes and shardings of {"parameters", "optimizer", "step"}."""
+    parameters = sharding.parameters(spec.logical, spec.shapes)
+    optimizer_shapes = jax.eval_shape(optimizer.init, spec.shapes)
+    shapes = {
+        "parameters": spec.shapes,
+        "optimizer": optimizer_shapes,
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    shardings = {
+        "parameters": parameters,
+        "optimizer": sharding.like_parameters(optimizer_shapes, spec.shapes, parameters),
+        "step": sharding.replicated,
+    }
+    return shapes, shardings
+
+
+def _initial_state(config: ConfigDict, optimizer: Any) -> Any:
+    parameters = initial_parameters(config.model, config.seed)
+    return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+
+
+def _restore(checkpoints: Checkpoints, shapes: Any, shardings: Any, meta: dict[str, Any]) -> tuple[Any, int]:
+    """Returns (state, step) of the last committed checkpoint, or (None, 0)."""
+    for step in checkpoints.unfinished_steps:
+        print(f"Skipping the half-written checkpoint of step {step} in {checkpoints.folder}: it was never committed.")
+    step = checkpoints.latest_step()
+    if step is None:
+        return None, 0
+    where = f"The checkpoint {checkpoints.folder / str(step)}"
+    found = checkpoints.read_meta(step)
+    check_same_parameters(found["parameters"], meta["parameters"], where)
+    if found["data_fingerprint"] != meta["data_fingerprint"]:
+        raise UserError(
+            f"{where} was trained on data with fingerprint {found['data_fingerprint']}, config.data.path holds "
+            f"{meta['data_fingerprint']}; use the same data or another --workdir."
+        )
+    for key, before, now in differences(found["config"], meta["config"]):
+        if not key.startswith(FREE_SECTIONS):
+            print(f"Changed since step {step}: config.{key} {before} -> {now}")
+    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    state = checkpoints.restore(step, target)
+    print(f"Continuing from step {step}.")
+    return state, step
+
+
+def _check_vocabulary(config: ConfigDict, data: Data) -> None:
+    if data.vocabulary.size > config.model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size is {config.model.vocab_size} and the vocabulary of {config.data.path} has "
+            f"{data.vocabulary.size} ids; set --config.model.vocab_size={data.vocabulary.size} or more."
+        )
+
+
+def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
+    print(f"Logs: {workdir}/metrics.jsonl and {workdir}/tensorboard · checkpoints: {workdir}/checkpoints")
+    if status == EXIT_RESTART:
+        print(f"Stopped by a signal and saved. To continue: {command}")
+    else:
+        print(f"Complete. To train longer: {command} --config.total_steps=…")
+
+
+def main(config: ConfigDict) -> int:
+    """Entry point behind the flags."""
+    recipe = flags.FLAGS["config"].config_filename
+    workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(recipe.partition(':')[0]).stem}"
+    return train(config, workdir, shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    run_main(
+        main, lambda: flags.DEFINE_string("workdir", None, "Folder of logs and checkpoints; runs/RECIPE by default.")
+    )

@@ -1,0 +1,114 @@
+"""Recipes, arguments and the sentences for what does not fit."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rattn.config import differences, load_config, parse_arguments, set_mixer, to_json, validate
+from rattn.errors import UserError
+
+RECIPES = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_has_the_keys_of_base(recipe):
+    config = validate(load_config(f"configs/{recipe}.py"))
+
+    def keys(node):
+        return {name: keys(value) if hasattr(value, "items") else None for name, value in node.items()}
+
+    assert keys(config) == keys(load_config("configs/base.py"))
+
+
+def test_recipe_arguments_are_typed():
+    arguments = parse_arguments("window=8,mixer=swa,deep=true,rate=0.5", window=1, mixer="full", deep=False, rate=1.0)
+    assert vars(arguments) == {"window": 8, "mixer": "swa", "deep": True, "rate": 0.5}
+    assert vars(parse_arguments("", window=1)) == {"window": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("windw=8", "The recipe has no argument 'windw', did you mean 'window'?; it takes: window."),
+        ("window=wide", "Recipe argument 'window' takes int, got 'wide'; write window=VALUE."),
+        ("window", "Recipe argument 'window' takes int, got ''; write window=VALUE."),
+    ],
+)
+def test_bad_recipe_arguments_get_a_sentence(text, sentence):
+    with pytest.raises(UserError) as error:
+        parse_arguments(text, window=1)
+    assert str(error.value) == sentence
+
+
+def test_mixer_turns_local_layers_alone():
+    config = set_mixer(load_config("configs/base.py"), "swa")
+    assert config.model.pattern == ("swa", "swa", "swa", "full")
+    assert set_mixer(config, "full").model.pattern == ("full",) * 4
+    with pytest.raises(UserError, match="There is no mixer 'ratention', did you mean 'rattention'"):
+        set_mixer(config, "ratention")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model.pattern": ()}, "config.model.pattern is empty"),
+        (
+            {"model.pattern": ("rattention", "ful"), "model.rope_pattern": (True, True)},
+            "has 'ful', did you mean 'full'",
+        ),
+        ({"model.rope_pattern": (True,)}, "config.model.rope_pattern has 1 entries and config.model.pattern 4"),
+        ({"model.layers": 3}, "config.model.pattern has 4 mixers and config.model.layers is 3"),
+        ({"model.query_heads": 3}, "config.model.query_heads is 3 and config.model.kv_heads 2"),
+        ({"model.head_dim": 5}, "config.model.head_dim is 5; RoPE rotates pairs"),
+        ({"model.window": -1}, "config.model.window is -1; it cannot be negative"),
+        ({"model.pattern": ("swa",) * 4, "model.window": 0}, "swa layers need at least 1"),
+        ({"model.width": 0}, "config.model.width is 0; it must be at least 1"),
+        ({"context_length": 0}, "config.context_length is 0"),
+        ({"batch_size": 6, "accumulation_steps": 4}, "config.batch_size is 6 and config.accumulation_steps 4"),
+        ({"loss.chunk_tokens": 100}, "config.loss.chunk_tokens is 100 and config.context_length 512"),
+        ({"optimizer.warmup_steps": 2000}, "warmup_steps + decay_steps is 2000 and config.total_steps 1000"),
+        ({"optimizer.name": "adamW"}, "config.optimizer.name is 'adamW', did you mean 'adamw'"),
+        ({"on_non_finite": "pray"}, "config.on_non_finite is 'pray'; use one of stop, skip"),
+    ],
+)
+def test_what_does_not_fit_gets_a_sentence(changes, sentence):
+    config = load_config("configs/base.py")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        validate(config)
+    assert sentence in str(error.value)
+    assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--config", "configs/tiny.py", "--config.optimizer.learning_rat=1"],
+            "did you mean 'optimizer.learning_rate'",
+        ),
+        (["--config", "configs/tinny.py"], "There is no config file 'configs/tinny.py', did you mean 'tiny.py'"),
+        (["--config", "configs/tiny.py:windw=3"], "The recipe has no argument 'windw', did you mean 'window'"),
+        (["--config", "configs/tiny.py", "--config.total_steps=many"], "total_steps"),
+        (["--config", "configs/tiny.py", "--config.model.window=-2"], "config.model.window is -2"),
+        (["--config", "configs/tiny.py", "--wrkdir=x"], "workdir"),
+        ([], "--config must have a value"),
+    ],
+)
+def test_the_command_line_answers_in_one_sentence(arguments, sentence):
+    program = "from rattn.config import run_main; from absl import flags; run_main(lambda c: 0, "
+    program += "lambda: flags.DEFINE_string('workdir', None, ''))"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert done.stderr.startswith("rattn: ")
+    assert done.stderr.strip().count("\n") == 0
+
+
+def test_differences_name_leaves():
+    old, new = to_json(load_config("configs/base.py")), to_json(load_config("configs/base.py"))
+    new["model"]["window"] = 5
+    new["seed"] = 1
+    assert differences(old, new) == [("model.window", 64, 5), ("seed", 0, 1)]
