@@ -16,77 +16,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.residual_linear_attention.feature_map import features
+from kernels_pallas.residual_linear_attention.feature_map import feature_dim, features
 
 CHUNK = 64
 
 
 def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state, *, window, feature_map):
     """Returns (o_BTNH in q's dtype, state_BKPH in float32); arguments as `residual_linear_attention` checks them."""
-    _, T, N, _ = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     _, S, K, _ = k_BSKH.shape
-    lag = S - T - window  # query t reads the keys up to t + lag
     has_documents = kv_segment_ids is not None
+    lag = S - T - window  # query t reads the keys up to t + lag
 
-    # The keys that the first query reads are one sum.
-    past = max(lag, 0)
-    past_ids = kv_segment_ids[:, : max(past, 1)] if has_documents else None
-    state_BKPH = _sum(k_BSKH[:, :past], v_BSKH[:, :past], past_ids, initial_state, feature_map=feature_map)
-
+    # The keys that the first query reads are one sum; slot t of the rest holds key t + lag, or zero where that is none.
+    past, missing = max(lag, 0), min(max(-lag, 0), T)
+    state_BKPH = _sum(k_BSKH, v_BSKH, kv_segment_ids, initial_state, count=past, feature_map=feature_map)
     C = min(CHUNK, T)
-    slots = -(-T // C) * C
-    front = min(max(-lag, 0), T)
-    key_pad = ((0, 0), (front, slots - T), (0, 0), (0, 0))
-    k_slots = jnp.pad(k_BSKH[:, past : past + T - front], key_pad)
-    v_slots = jnp.pad(v_BSKH[:, past : past + T - front], key_pad)
-    q_slots = jnp.pad(q_BTNH, ((0, 0), (0, slots - T), (0, 0), (0, 0)))
+    n = -(-T // C)
+    in_slots = slice(past, past + T - missing)
     chunks = {
-        "q": _to_chunks(q_slots, C).reshape(slots // C, -1, K, N // K, C, q_BTNH.shape[-1]),
-        "k": _to_chunks(k_slots, C),
-        "v": _to_chunks(v_slots, C),
+        "q": _to_chunks(q_BTNH, n, C).reshape(n, -1, K, N // K, C, H),
+        "k": _to_chunks(k_BSKH[:, in_slots], n, C, front=missing),
+        "v": _to_chunks(v_BSKH[:, in_slots], n, C, front=missing),
     }
     if has_documents:
-        # A padded slot counts to the document of its neighbour, so that it resets nothing; its value is zero.
-        newest = np.clip(np.arange(-1, slots) + lag, 0, max(S - 1 - window, 0))
-        ids = kv_segment_ids[:, newest]
-        chunks["k_ids"] = ids[:, 1:].reshape(-1, slots // C, C).swapaxes(0, 1)
-        chunks["state_id"] = ids[:, :-1:C].swapaxes(0, 1)
-        q_ids = jnp.pad(q_segment_ids, ((0, 0), (0, slots - T)))
-        chunks["q_ids"] = q_ids.reshape(-1, slots // C, C).swapaxes(0, 1)
+        # A slot without a key counts to the document of its neighbour, so that it resets nothing.
+        newest = np.clip(np.arange(-1, n * C) + lag, 0, max(S - 1 - window, 0))
+        newest_ids = kv_segment_ids[:, newest]
+        chunks["q_ids"] = jnp.pad(q_segment_ids, ((0, 0), (0, n * C - T))).reshape(-1, n, C).swapaxes(0, 1)
+        chunks["k_ids"] = newest_ids[:, 1:].reshape(-1, n, C).swapaxes(0, 1)
+        chunks["state_id"] = newest_ids[:, :-1:C].swapaxes(0, 1)
 
+    # The backward recomputes a chunk from its inputs and the state before it, which are all that it keeps.
     body = jax.checkpoint(functools.partial(_chunk, feature_map=feature_map), prevent_cse=False)
     state_BKPH, o_chunks = jax.lax.scan(body, state_BKPH, chunks)
-    o_BTNH = jnp.transpose(o_chunks, (1, 0, 4, 2, 3, 5)).reshape(-1, slots, *q_BTNH.shape[2:])[:, :T]
+    o_BTNH = jnp.transpose(o_chunks, (1, 0, 4, 2, 3, 5)).reshape(-1, n * C, N, H)[:, :T]
     if has_documents:
-        state_BKPH = _keep(ids[:, -1] == kv_segment_ids[:, -1], state_BKPH)
+        state_BKPH = _keep(newest_ids[:, -1] == kv_segment_ids[:, -1], state_BKPH)
     return o_BTNH, state_BKPH
 
 
 def state(k_BSKH, v_BSKH, kv_segment_ids, initial_state, *, window, feature_map):
     """Returns state_BKPH in float32: what a query at the last key position reads."""
-    visible = max(k_BSKH.shape[1] - window, 0)
-    ids = None if kv_segment_ids is None else kv_segment_ids[:, : max(visible, 1)]
-    state_BKPH = _sum(k_BSKH[:, :visible], v_BSKH[:, :visible], ids, initial_state, feature_map=feature_map)
+    count = max(k_BSKH.shape[1] - window, 0)
+    state_BKPH = _sum(k_BSKH, v_BSKH, kv_segment_ids, initial_state, count=count, feature_map=feature_map)
     if kv_segment_ids is None:
         return state_BKPH
-    return _keep(ids[:, -1] == kv_segment_ids[:, -1], state_BKPH)
+    return _keep(kv_segment_ids[:, max(count - 1, 0)] == kv_segment_ids[:, -1], state_BKPH)
 
 
-def _sum(k_BSKH, v_BSKH, ids, initial_state, *, feature_map):
-    """Returns state_BKPH: Σ φ(k)ᵀ v over the last document of `ids`, and the initial state if the first is that too."""
-    if ids is not None and v_BSKH.shape[1]:
-        v_BSKH = jnp.where((ids == ids[:, -1:])[:, :, None, None], v_BSKH, 0)
+def _sum(k_BSKH, v_BSKH, ids, initial_state, *, count, feature_map):
+    """Returns state_BKPH after the first `count` keys: that of the document of the last of them."""
+    if initial_state is None:
+        B, _, K, H = k_BSKH.shape
+        initial_state = jnp.zeros_like(k_BSKH, shape=(B, K, feature_dim(feature_map, H), H), dtype=jnp.float32)
+    if count == 0:
+        return initial_state
+    k_BSKH, v_BSKH = k_BSKH[:, :count], v_BSKH[:, :count]
+    if ids is not None:
+        in_last = ids[:, :count] == ids[:, count - 1 : count]
+        v_BSKH = jnp.where(in_last[:, :, None, None], v_BSKH, 0)
+        initial_state = _keep(in_last[:, 0], initial_state)
 
     @jax.checkpoint
     def product(k_BSKH, v_BSKH):
         return _dot("bskp,bskh->bkph", k_BSKH.dtype, features(feature_map, k_BSKH), v_BSKH)
 
-    state_BKPH = product(k_BSKH, v_BSKH)
-    if initial_state is None:
-        return state_BKPH
-    if ids is not None:
-        initial_state = _keep(ids[:, 0] == ids[:, -1], initial_state)
-    return state_BKPH + initial_state
+    return initial_state + product(k_BSKH, v_BSKH)
 
 
 def _chunk(state_BKPH, chunk, *, feature_map):
@@ -113,10 +109,11 @@ def _chunk(state_BKPH, chunk, *, feature_map):
     return state_BKPH, o_BKGCH.astype(dtype)
 
 
-def _to_chunks(x, C):
-    """[B, nC, heads, H] to [n, B, heads, C, H]."""
-    B, slots, heads, H = x.shape
-    return jnp.transpose(x.reshape(B, slots // C, C, heads, H), (1, 0, 3, 2, 4))
+def _to_chunks(x, n, C, front=0):
+    """[B, length, heads, H], after `front` zeros and with zeros at the end, to [n, B, heads, C, H]."""
+    B, length, heads, H = x.shape
+    x = jnp.pad(x, ((0, 0), (front, n * C - front - length), (0, 0), (0, 0)))
+    return jnp.transpose(x.reshape(B, n, C, heads, H), (1, 0, 3, 2, 4))
 
 
 def _keep(keep_B, state_BKPH):
@@ -127,7 +124,7 @@ def _keep(keep_B, state_BKPH):
 def _dot(equation, dtype, a, b):
     """Einsum of operands rounded to `dtype` that adds up in float32; float32 operands are multiplied in full precision.
 
-    Its own derivative, because the one that JAX derives multiplies the float32 cotangent as it is, which leaves the fast
+    It has a derivative of its own, because JAX's multiplies the float32 cotangent as it is, which leaves the fast
     bfloat16 units of an accelerator idle. Every index of `equation` stands in two of its three terms.
     """
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

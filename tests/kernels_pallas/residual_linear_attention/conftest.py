@@ -1,7 +1,7 @@
 import pytest
-from rla_suite import CHUNK
 
 from kernels_pallas.residual_linear_attention import chunked
+from tests.kernels_pallas.residual_linear_attention.rla_suite import CHUNK
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """What the suite of residual linear attention is made of: implementations, cases, inputs, compiled functions.
 
-An implementation joins by one entry in `IMPLEMENTATIONS`. A case is a set of static choices, so it costs one compilation
-per implementation; segment ids, inputs and cotangents are arguments of the compiled function and cost none. The
-reference takes the window as an argument too.
+An implementation joins by one entry in `IMPLEMENTATIONS`. A case is a set of static choices, so it costs one
+compilation per implementation; segment ids, inputs and cotangents are arguments of the compiled function and cost none.
+The reference takes the window as an argument too.
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ import pytest
 
 from kernels_pallas.residual_linear_attention import reference, residual_linear_attention
 from kernels_pallas.residual_linear_attention.feature_map import feature_dim
+
+# Most of the suite's time is compilation, and LLVM's optimisations are half of that.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CHUNK = 8  # of `chunked` in the tests (see conftest.py)
 
@@ -101,7 +104,7 @@ def document_rows(case: Case, chunk: int) -> np.ndarray:
 
 
 def random_arrays(case: Case, batch: int, seed: int = 0, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Returns q, k, v, initial_state and the cotangents of o and the state; float32 but in values of the case's dtype."""
+    """Returns q, k, v, initial_state and the cotangents of o and state, in float32 but with the case's precision."""
     draws = iter(np.random.default_rng(seed).spawn(6))
     P = feature_dim(case.feature_map, case.H)
     shapes = {
@@ -122,7 +125,7 @@ RESULTS = ("o", "state", "dq", "dk", "dv", "d_initial_state")
 
 @functools.cache
 def _compiled(name: str, window: int, feature_map: str):
-    @jax.jit
+    @quick_jit
     def run(q, k, v, ids, initial_state, d_o, d_state):
         def forward(q, k, v, initial_state):
             return residual_linear_attention(
@@ -145,7 +148,7 @@ def _compiled(name: str, window: int, feature_map: str):
 
 @functools.cache
 def _compiled_reference(feature_map: str):
-    @jax.jit
+    @quick_jit
     def run(window, q, k, v, ids, initial_state, d_o, d_state):
         def forward(q, k, v, initial_state):
             q_ids = ids[:, ids.shape[1] - q.shape[1] :]
