@@ -2,16 +2,19 @@
 
 import dataclasses
 import hashlib
+import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from rattn.data.preparation import check_prepared
+from rattn.data.request import Request
 from rattn.data.rows import Batch, gather_rows, row_count
-from rattn.data.stream import BlockStream, Prepared
+from rattn.data.stream import MANIFEST_FILE, SPLITS, BlockStream, Prepared
 from rattn.data.synthetic import SyntheticStream
 from rattn.data.vocabulary import Vocabulary, load_vocabulary
 from rattn.errors import UserError
@@ -107,7 +110,7 @@ class EvaluationBatches:
         """Takes the sources' streams; `max_batches` 0 reads all.
 
         Raises:
-          UserError: there are no rows, or the batch does not divide among the processes.
+          UserError: the batch does not divide among the processes.
         """
         if batch_size % process_count:
             raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
@@ -116,10 +119,6 @@ class EvaluationBatches:
             batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
         )
         rows = [(i, row) for i, s in enumerate(streams) for row in range(row_count(s.tokens, context_length))]
-        if not rows:
-            raise UserError(
-                "There is nothing to evaluate on: the split is empty; prepare more documents or a larger fraction."
-            )
         wanted = min(len(rows), max_batches * batch_size or len(rows))
         self._rows = [rows[i * len(rows) // wanted] for i in range(wanted)]
 
@@ -137,32 +136,65 @@ class EvaluationBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run reads.
+    """What a run reads; a process sees its own share of each batch.
 
     Attributes:
       vocabulary: what the tokens mean.
       fingerprint: identifies the tokens of every source (weights and row length do not change it).
-      train: the training batches of this process.
+      train: the training batches, by step.
     """
 
     vocabulary: Vocabulary
     fingerprint: str
     train: TrainBatches
-    _streams: dict[str, list[BlockStream]]
+    _config: ConfigDict
+    _validation: list[BlockStream]
     _context_length: int
-    _batch_size: int
     _process: dict[str, int]
 
-    def evaluation_batches(
-        self, split: str = "validation", max_batches: int = 0, *, batch_size: int | None = None
-    ) -> EvaluationBatches:
-        """Returns the batches of "validation" (or "train") in order; the batch size is the training's unless given."""
+    def train_batches(self, first_step: int = 0) -> Iterator[Batch]:
+        """Iterates over `train[first_step]`, `train[first_step + 1]`, … without end, read ahead by threads."""
+        config = self._config
+        return prefetched(
+            self.train, first_step, read_threads=config.read_threads, prefetch_batches=config.prefetch_batches
+        )
+
+    def evaluation_batches(self, batch_size: int, max_batches: int = 0) -> EvaluationBatches:
+        """Returns the batches of the validation split in order, all of them unless limited; none if it is empty."""
         return EvaluationBatches(
-            self._streams[split],
+            self._validation,
             context_length=self._context_length,
-            batch_size=batch_size or self._batch_size,
+            batch_size=batch_size,
             max_batches=max_batches,
             **self._process,
+        )
+
+    def row_ids(self, step: int) -> list[tuple[str, int]]:
+        """See `TrainBatches.row_ids`."""
+        return self.train.row_ids(step)
+
+
+def ensure_prepared(data_config: ConfigDict) -> None:
+    """Prepares what `config.data` names, in a subprocess, if it is not there; one process of a run calls it.
+
+    Raises:
+      UserError: the preparation failed (it has said why), or the folder holds another one.
+    """
+    if data_config.source != "stream":
+        return
+    request = Request.from_config(data_config)
+    if (epath.Path(data_config.path) / MANIFEST_FILE).exists():
+        request.check_same(Prepared(data_config.path))
+        return
+    # A subprocess, so that neither TensorFlow nor seqio is ever imported here; the accelerators stay this process's.
+    command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            f"Preparing task {request.task!r} into {str(data_config.path)!r} failed with status {done.returncode}; "
+            "the reason stands above."
         )
 
 
@@ -175,7 +207,7 @@ def open_data(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Data:
-    """Opens the data that `config.data` names; run `rattn.data.preparation.ensure_prepared` first.
+    """Opens the data that `config.data` names; `ensure_prepared` comes first.
 
     Args:
       data_config: `config.data`.
@@ -193,25 +225,25 @@ def open_data(
     }
     if data_config.source == "synthetic":
         vocabulary = load_vocabulary(data_config.vocabulary)
-        streams = {split: [SyntheticStream(seed, split, vocabulary)] for split in ("train", "validation")}
+        training, validation = ([SyntheticStream(seed, split, vocabulary)] for split in SPLITS)
         names, weights = ("synthetic",), (1.0,)
         fingerprint = hashlib.sha256(f"synthetic {seed} {vocabulary.fingerprint}".encode()).hexdigest()
     else:
         prepared = Prepared(data_config.path)
-        check_prepared(data_config, prepared)
+        Request.from_config(data_config).check_same(prepared)
         vocabulary, fingerprint = prepared.vocabulary(), prepared.fingerprint
-        streams = {split: prepared.streams(split) for split in ("train", "validation")}
+        training, validation = (prepared.streams(split) for split in SPLITS)
         names, weights = prepared.names, _weights(data_config.weights, prepared)
     train = TrainBatches(
-        streams["train"], names, weights, context_length=context_length, batch_size=batch_size, seed=seed, **process
+        training, names, weights, context_length=context_length, batch_size=batch_size, seed=seed, **process
     )
-    return Data(vocabulary, fingerprint, train, streams, context_length, batch_size, process)
+    return Data(vocabulary, fingerprint, train, data_config, validation, context_length, process)
 
 
 def prefetched(
     batches: TrainBatches | EvaluationBatches, start_step: int = 0, *, read_threads: int, prefetch_batches: int
 ) -> Iterator[Batch]:
-    """Iterates over `batches[start_step], batches[start_step + 1], …`, read ahead by background threads.
+    """Iterates over `batches[start_step]`, `batches[start_step + 1]`, …, read ahead by background threads.
 
     Call `close()` on the iterator to stop the threads.
     """

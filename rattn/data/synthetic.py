@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rattn.data.stream import BLOCK_TOKENS, BlockStream
+from rattn.data.stream import BLOCK_TOKENS, SPLITS, BlockStream
 from rattn.data.vocabulary import Vocabulary
 
 MEAN_DOCUMENT_TOKENS = 1024
@@ -21,7 +21,7 @@ class SyntheticStream(BlockStream):
 
     def __init__(self, seed: int, split: str, vocabulary: Vocabulary):
         self.tokens = TRAIN_TOKENS if split == "train" else VALIDATION_TOKENS
-        self._split = ("train", "validation").index(split)
+        self._split = SPLITS.index(split)
         self._seed = seed
         self._size, self._eos_id = vocabulary.size, vocabulary.eos_id
 

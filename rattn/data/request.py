@@ -1,14 +1,11 @@
-"""What a preparation was asked for, and running a missing one. No TensorFlow here: `rattn.prepare` is a subprocess."""
+"""What a preparation is asked for: the arguments of `rattn.prepare`, from its command line or from `config.data`."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from rattn.data.stream import MANIFEST_FILE, Prepared
+from rattn.data.stream import Prepared
 from rattn.data.vocabulary import load_vocabulary
 from rattn.errors import UserError
 
@@ -66,30 +63,3 @@ class Request:
                 f"{wanted.size} ids, fingerprint {wanted.fingerprint[:12]}); change the vocabulary, or prepare into "
                 "another folder."
             )
-
-
-def check_prepared(data_config: ConfigDict, prepared: Prepared) -> None:
-    """Raises UserError if `prepared` is not what `config.data` asks for."""
-    Request.from_config(data_config).check_same(prepared)
-
-
-def ensure_prepared(data_config: ConfigDict) -> None:
-    """Prepares what `config.data` names, in a subprocess, if it is not there; one process of a run calls it.
-
-    Raises:
-      UserError: the preparation failed (it has said why), or the folder holds another one.
-    """
-    if data_config.source != "stream":
-        return
-    if (epath.Path(data_config.path) / MANIFEST_FILE).exists():
-        check_prepared(data_config, Prepared(data_config.path))
-        return
-    request = Request.from_config(data_config)
-    command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
-    # The accelerators belong to the training process.
-    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}, check=False)
-    if done.returncode:
-        raise UserError(
-            f"Preparing task {request.task!r} into {str(data_config.path)!r} failed with status {done.returncode}; "
-            "the reason stands above."
-        )
