@@ -24,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from rattn.data.corpora import CORPORA, Corpus, in_validation, open_corpus
-from rattn.data.request import Request
+from rattn.data.preparation import Request
 from rattn.data.stream import MANIFEST_FILE, SPLITS, Prepared
 from rattn.data.vocabulary import MODEL_FILE, Vocabulary, load_vocabulary, train_sentencepiece
 from rattn.data.writer import StreamWriter, unfinished_folder, write_manifest

@@ -2,19 +2,16 @@
 
 import dataclasses
 import hashlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
-from rattn.data.request import Request
+from rattn.data.preparation import Request
 from rattn.data.rows import Batch, gather_rows, row_count
-from rattn.data.stream import MANIFEST_FILE, SPLITS, BlockStream, Prepared
+from rattn.data.stream import SPLITS, BlockStream, Prepared
 from rattn.data.synthetic import SyntheticStream
 from rattn.data.vocabulary import Vocabulary, load_vocabulary
 from rattn.errors import UserError
@@ -147,17 +144,9 @@ class Data:
     vocabulary: Vocabulary
     fingerprint: str
     train: TrainBatches
-    _config: ConfigDict
     _validation: list[BlockStream]
     _context_length: int
     _process: dict[str, int]
-
-    def train_batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """Iterates over `train[first_step]`, `train[first_step + 1]`, … without end, read ahead by threads."""
-        config = self._config
-        return prefetched(
-            self.train, first_step, read_threads=config.read_threads, prefetch_batches=config.prefetch_batches
-        )
 
     def evaluation_batches(self, batch_size: int, max_batches: int = 0) -> EvaluationBatches:
         """Returns the batches of the validation split in order, all of them unless limited; none if it is empty."""
@@ -167,34 +156,6 @@ class Data:
             batch_size=batch_size,
             max_batches=max_batches,
             **self._process,
-        )
-
-    def row_ids(self, step: int) -> list[tuple[str, int]]:
-        """See `TrainBatches.row_ids`."""
-        return self.train.row_ids(step)
-
-
-def ensure_prepared(data_config: ConfigDict) -> None:
-    """Prepares what `config.data` names, in a subprocess, if it is not there; one process of a run calls it.
-
-    Raises:
-      UserError: the preparation failed (it has said why), or the folder holds another one.
-    """
-    if data_config.source != "stream":
-        return
-    request = Request.from_config(data_config)
-    if (epath.Path(data_config.path) / MANIFEST_FILE).exists():
-        request.check_same(Prepared(data_config.path))
-        return
-    # A subprocess, so that neither TensorFlow nor seqio is ever imported here; the accelerators stay this process's.
-    command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
-    done = subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}, check=False
-    )
-    if done.returncode:
-        raise UserError(
-            f"Preparing task {request.task!r} into {str(data_config.path)!r} failed with status {done.returncode}; "
-            "the reason stands above."
         )
 
 
@@ -207,7 +168,7 @@ def open_data(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Data:
-    """Opens the data that `config.data` names; `ensure_prepared` comes first.
+    """Opens the data that `config.data` names; `rattn.data.preparation.ensure_prepared` comes first.
 
     Args:
       data_config: `config.data`.
@@ -237,7 +198,7 @@ def open_data(
     train = TrainBatches(
         training, names, weights, context_length=context_length, batch_size=batch_size, seed=seed, **process
     )
-    return Data(vocabulary, fingerprint, train, data_config, validation, context_length, process)
+    return Data(vocabulary, fingerprint, train, validation, context_length, process)
 
 
 def prefetched(

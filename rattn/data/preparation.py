@@ -1,11 +1,14 @@
-"""What a preparation is asked for: the arguments of `rattn.prepare`, from its command line or from `config.data`."""
+"""What a preparation is asked for, from the command line or from `config.data`, and running a missing one."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from rattn.data.stream import Prepared
+from rattn.data.stream import MANIFEST_FILE, Prepared
 from rattn.data.vocabulary import load_vocabulary
 from rattn.errors import UserError
 
@@ -63,3 +66,27 @@ class Request:
                 f"{wanted.size} ids, fingerprint {wanted.fingerprint[:12]}); change the vocabulary, or prepare into "
                 "another folder."
             )
+
+
+def ensure_prepared(data_config: ConfigDict) -> None:
+    """Prepares what `config.data` names, in a subprocess, if it is not there; one process of a run calls it.
+
+    Raises:
+      UserError: the preparation failed (it has said why), or the folder holds another one.
+    """
+    if data_config.source != "stream":
+        return
+    request = Request.from_config(data_config)
+    if (epath.Path(data_config.path) / MANIFEST_FILE).exists():
+        request.check_same(Prepared(data_config.path))
+        return
+    # A subprocess, so that neither TensorFlow nor seqio is ever imported here; the accelerators stay this process's.
+    command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
+    done = subprocess.run(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            f"Preparing task {request.task!r} into {str(data_config.path)!r} failed with status {done.returncode}; "
+            "the reason stands above."
+        )
