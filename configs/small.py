@@ -32,7 +32,6 @@ def get_config(arguments: str = "") -> ConfigDict:
         task="python_source",
         path="data/python_source-8192",
         train_vocabulary_size=8192,
-        vocabulary="data/python_source-8192/vocabulary.model",
     )
     config.optimizer.warmup_steps = 200
     config.evaluation.max_batches = 32

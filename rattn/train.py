@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 from rattn import accounting, platform
 from rattn.checkpoint import Checkpoints, check_same_parameters, parameter_manifest
 from rattn.config import differences, run_main, to_json
-from rattn.data.batches import Data, ensure_prepared, open_data
+from rattn.data.batches import Data, open_data, prefetched
+from rattn.data.preparation import ensure_prepared
 from rattn.errors import UserError
 from rattn.metrics import MetricsWriter, Progress
 from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
@@ -113,7 +114,8 @@ class _Loop:
         self.progress = Progress(total, first_step)
         self.saved_step, self.clock = first_step, _Clock()
         train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
-        batches = self.data.train_batches(first_step)
+        reading = {"read_threads": config.data.read_threads, "prefetch_batches": config.data.prefetch_batches}
+        batches = prefetched(self.data.train, first_step, **reading)
         step, pending = first_step, None
         with _stop_signal() as stop, jax.transfer_guard("disallow"):
             try:
@@ -143,6 +145,7 @@ class _Loop:
                     self._save(step, state)
                 self.checkpoints.wait()
             finally:
+                batches.close()
                 if self.writer:
                     self.writer.close()
         return EXIT_COMPLETE if step == total else EXIT_RESTART
@@ -171,7 +174,7 @@ class _Loop:
             self.progress.show(step, values)
 
     def _not_finite(self, step: int, values: dict[str, float]) -> None:
-        rows = ", ".join(f"{source}:{row}" for source, row in self.data.row_ids(step - 1)[:8])
+        rows = ", ".join(f"{source}:{row}" for source, row in self.data.train.row_ids(step - 1)[:8])
         what = (
             f"Step {step} has loss {values['loss']} and gradient norm {values['grad_norm']} (rows {rows}, …); "
             f"its update was not applied, and the last good checkpoint is of step {self.saved_step}"
@@ -186,10 +189,9 @@ class _Loop:
         """Writes `eval/loss` (nats a target) and `eval/bits_per_byte` of the validation rows."""
         config = self.config
         sums = []
-        for batch in self.data.evaluation_batches(config.evaluation.batch_size, config.evaluation.max_batches):
+        size, limit = config.evaluation.batch_size, config.evaluation.max_batches
+        for batch in self.data.evaluation_batches(max_batches=limit, batch_size=size):
             sums.append(self._eval_step(parameters, self._to_devices(batch), self._token_bytes))
-        if not sums:
-            return
         totals = {name: sum(float(entry[name]) for entry in jax.device_get(sums)) for name in sums[0]}
         values = {
             "eval/loss": totals["nats"] / totals["targets"],
