@@ -60,10 +60,10 @@ def cases(chunk: int, H: int) -> dict[str, Case]:
     vary = functools.partial(dataclasses.replace, base)
     windows = {f"window_{name}": vary(window=W) for name, W in window_values(C, T).items()}
     return windows | {
-        "history_below_window": vary(S=T + 3),
+        "history_below_window": vary(S=T + C, window=C + 3),
         "history_is_window": vary(S=T + C),
-        "history_above_window": vary(T=C + 1, S=3 * C + 4, window=5),
-        "history_without_window": vary(S=T + C + 3, window=0),
+        "history_above_window": vary(S=T + C, window=3),
+        "history_without_window": vary(S=T + C, window=0),
         "one_query_with_history": vary(T=1, S=C + 2),
         "group_of_one": vary(G=1),
         "group_of_four": vary(K=1, G=4),
@@ -96,7 +96,7 @@ def document_rows(case: Case, chunk: int) -> np.ndarray:
     boundaries = [
         np.cumsum(np.tile([2, 1, 3], S))[: S // 2],  # shorter than chunk and window
         np.arange(case.S - case.T, S, chunk),  # between two chunks of queries
-        np.arange(lag % chunk, S, chunk),  # between two chunks of delayed keys
+        np.arange(lag % chunk + chunk, S, 2 * chunk),  # between two chunks of delayed keys
         np.arange(1, S, chunk + 1),  # inside chunks
         np.array([S // 3]),  # longer than chunk, for small windows than the window
     ]

@@ -185,23 +185,24 @@ def test_bfloat16(implementation, values):
 
 def sums_of_magnitudes(case, arrays, ids):
     """Returns, for each result, the sum of the magnitudes of the terms that it is a sum of."""
-    q, k = (features(case.feature_map, jnp.asarray(arrays[n])) for n in "qk")
-
-    def forward(q, k, v, initial_state):  # on features, which are positive
-        q_ids = ids[:, case.S - case.T :]
-        return reference.forward(q, k, v, q_ids, ids, initial_state, window=case.window, feature_map="identity")
-
-    names = ("v", "initial_state", "d_o", "d_state")
-    v, initial_state, d_o, d_state = (jnp.abs(arrays[n]) for n in names)
-    (o, state), pull = jax.vjp(forward, q, k, v, initial_state)
-    dq, dk, dv, d_initial_state = pull((d_o, d_state))
 
     def through_softmax(y, dy):
-        halves = zip(np.split(np.asarray(y), 2, axis=-1), np.split(np.asarray(dy), 2, axis=-1), strict=True)
+        halves = zip(jnp.split(y, 2, axis=-1), jnp.split(dy, 2, axis=-1), strict=True)
         return sum(y * (dy + (y * dy).sum(axis=-1, keepdims=True)) for y, dy in halves)
 
-    dq, dk = through_softmax(q, dq), through_softmax(k, dk)
-    return dict(zip(suite.RESULTS, map(np.asarray, (o, state, dq, dk, dv, d_initial_state)), strict=True))
+    @suite.quick_jit
+    def run(arrays, ids):
+        def forward(q, k, v, initial_state):  # on features, which are positive
+            q_ids = ids[:, case.S - case.T :]
+            return reference.forward(q, k, v, q_ids, ids, initial_state, window=case.window, feature_map="identity")
+
+        q, k = (features(case.feature_map, arrays[n]) for n in "qk")
+        v, initial_state, d_o, d_state = (jnp.abs(arrays[n]) for n in ("v", "initial_state", "d_o", "d_state"))
+        (o, state), pull = jax.vjp(forward, q, k, v, initial_state)
+        dq, dk, dv, d_initial_state = pull((d_o, d_state))
+        return o, state, through_softmax(q, dq), through_softmax(k, dk), dv, d_initial_state
+
+    return dict(zip(suite.RESULTS, map(np.asarray, run(arrays, ids)), strict=True))
 
 
 @pytest.mark.parametrize("kv_heads", ["split", "shared"])
@@ -233,7 +234,7 @@ def test_shard_map_over_batch_and_heads(implementation, kv_heads):
         check_vma=implementation.check_vma,
     )
 
-    @jax.jit
+    @suite.quick_jit
     def run(q, k, v, initial_state, ids, d_o):
         o, pull = jax.vjp(lambda *x: sharded(*x, ids), q, k, v, initial_state)
         return o, *pull(d_o)
