@@ -10,8 +10,7 @@ and any weights can be read from what is written here. One process reads and tok
 
 import argparse
 import dataclasses
-import hashlib
-import importlib
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -23,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from rattn.data.corpora import CORPORA, Corpus, in_validation, open_corpus
+from rattn.data.corpora import CORPORA, Corpus, open_corpus, position
 from rattn.data.preparation import Request
 from rattn.data.stream import MANIFEST_FILE, SPLITS, Prepared
 from rattn.data.vocabulary import MODEL_FILE, Vocabulary, load_vocabulary, train_sentencepiece
@@ -54,7 +53,7 @@ def prepare(request: Request, out: epath.PathLike) -> None:
     if _is_prepared(request, out):
         return
     corpus = _shipped_corpus(request)
-    origin = {**corpus.origin, **_survey(corpus)} if corpus else {}
+    origin = _origin(request, corpus)
     with unfinished_folder(out) as folder:
         if _is_prepared(request, out):
             return
@@ -133,18 +132,16 @@ def _shipped_corpus(request: Request) -> Corpus | None:
     return None
 
 
-def _survey(corpus: Corpus) -> dict[str, Any]:
-    """Reads every document once, so that a bad file is found before anything is written; hashes and counts them."""
-    documents = text_bytes = 0
-    digest = hashlib.sha256()
-    for document in corpus.documents():
-        data = document.text.encode()
-        documents += 1
-        text_bytes += len(data)
-        digest.update(hashlib.sha256(document.group.encode()).digest() + hashlib.sha256(data).digest())
-    if not text_bytes:
-        raise UserError(f"The corpus is empty ({documents} documents without text); give it some text.")
-    return {"documents": documents, "text_bytes": text_bytes, "sha256": digest.hexdigest()}
+def _origin(request: Request, corpus: Corpus | None) -> dict[str, Any]:
+    if corpus is None:
+        return {"module": request.module, "packages": {"seqio": importlib.metadata.version("seqio")}}
+    survey = corpus.survey
+    return {
+        **corpus.origin,
+        "documents": survey.documents,
+        "text_bytes": survey.text_bytes,
+        "sha256": survey.sha256,
+    }
 
 
 def _open_sources(request: Request, corpus: Corpus | None, folder: pathlib.Path) -> tuple[list[Any], Vocabulary]:
@@ -187,10 +184,10 @@ def _import_tasks() -> ModuleType:
 
 
 def _vocabulary_texts(corpus: Corpus, validation_fraction: float) -> Iterator[str]:
-    """Takes training documents by the hash of their text until about VOCABULARY_TEXT_BYTES are expected."""
-    total = sum(len(document.text) for document in corpus.documents())
+    """Takes training documents, chosen by the hash of their text, of about VOCABULARY_TEXT_BYTES."""
+    share = VOCABULARY_TEXT_BYTES / corpus.survey.text_bytes
     for document in corpus.split("train", validation_fraction):
-        if in_validation(document.text, VOCABULARY_TEXT_BYTES / total):
+        if position(document.text) < share:
             yield document.text
 
 

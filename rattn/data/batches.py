@@ -1,12 +1,15 @@
 """Batches for training and evaluation: slices of prepared streams, shuffled and mixed by arithmetic alone."""
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 
 import grain
 import jax
+import numpy as np
+from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from rattn.data.preparation import Request
@@ -15,6 +18,10 @@ from rattn.data.stream import SPLITS, BlockStream, Prepared
 from rattn.data.synthetic import SyntheticStream
 from rattn.data.vocabulary import Vocabulary, load_vocabulary
 from rattn.errors import UserError
+
+# Up to here an epoch's order is a stored permutation; beyond, Grain's index_shuffle computes each place by itself
+# (10 µs for 10⁵ rows, but 0.6 ms for 10² and 12 ms for 3).
+PERMUTED_ROWS = 2**16
 
 
 class TrainBatches:
@@ -58,8 +65,7 @@ class TrainBatches:
                 raise UserError(
                     f"The source {name!r} has no training tokens; prepare more text or set its weight to 0."
                 )
-            order = grain.MapDataset.range(rows).shuffle(seed=_source_seed(seed, name)).repeat()
-            sources.append(order.map(lambda row, index=index: (index, row)))
+            sources.append(grain.MapDataset.source(_RowOrder(index, rows, _source_seed(seed, name))))
             used_weights.append(weight)
             self._rows_per_draw.append(rows / weight)
         if not sources:
@@ -87,6 +93,29 @@ class TrainBatches:
         return step * self._B / min(self._rows_per_draw)
 
 
+class _RowOrder:
+    """The n-th draw from a source, as (index of the source, row): each epoch n // rows has a shuffle of its own."""
+
+    def __init__(self, index: int, rows: int, seed: int):
+        self._index, self._rows, self._seed = index, rows, seed
+        # Draws run through an epoch, and the threads that read ahead meet at most in two.
+        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        epoch, place = divmod(n, self._rows)
+        if self._rows <= PERMUTED_ROWS:
+            return self._index, int(self._permutation(epoch)[place])
+        seed = (self._seed + epoch) % 2**32
+        return self._index, index_shuffle(place, max_index=self._rows - 1, seed=seed, rounds=4)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        # Philox's raw output, unlike NumPy's permutation, is promised to stay the same.
+        return np.argsort(np.random.Philox(key=[self._seed, epoch]).random_raw(self._rows), kind="stable")
+
+
 class EvaluationBatches:
     """The rows of a split in order, each once, in batches; padding rows fill the last one.
 
@@ -107,7 +136,7 @@ class EvaluationBatches:
         """Takes the sources' streams; `max_batches` 0 reads all.
 
         Raises:
-          UserError: the batch does not divide among the processes.
+          UserError: there are no rows, or the batch does not divide among the processes.
         """
         if batch_size % process_count:
             raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
@@ -116,6 +145,10 @@ class EvaluationBatches:
             batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
         )
         rows = [(i, row) for i, s in enumerate(streams) for row in range(row_count(s.tokens, context_length))]
+        if not rows:
+            raise UserError(
+                "There is nothing to evaluate on: the split is empty; prepare it again with a validation_fraction."
+            )
         wanted = min(len(rows), max_batches * batch_size or len(rows))
         self._rows = [rows[i * len(rows) // wanted] for i in range(wanted)]
 
@@ -149,7 +182,7 @@ class Data:
     _process: dict[str, int]
 
     def evaluation_batches(self, batch_size: int, max_batches: int = 0) -> EvaluationBatches:
-        """Returns the batches of the validation split in order, all of them unless limited; none if it is empty."""
+        """Returns the batches of the validation split in order, all of them unless limited."""
         return EvaluationBatches(
             self._validation,
             context_length=self._context_length,

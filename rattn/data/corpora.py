@@ -1,12 +1,14 @@
 """The corpora that rattn ships tasks for, as documents of text; no TensorFlow here."""
 
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,29 +25,74 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
+class Survey:
+    """What one pass over a corpus found.
+
+    Attributes:
+      documents, text_bytes: counts, with the bytes of the text in UTF-8.
+      sha256: of every document's group and text, in order.
+      lowest, highest: the ends of the groups' positions (see `position`).
+    """
+
+    documents: int
+    text_bytes: int
+    sha256: str
+    lowest: float
+    highest: float
+
+
 class Corpus:
     """Documents in a fixed order, and where they come from.
 
-    Attributes:
-      documents: iterates over all of them; each call starts again.
-      origin: package versions or file names, for the manifest.
+    A group is held out for validation if its position is below the validation fraction: that depends on its name alone,
+    and a larger fraction only adds groups. Two exceptions keep both splits from being empty: the lowest group is always
+    held out and the highest never, and a corpus of one document holds out that document's end.
     """
 
-    documents: Callable[[], Iterator[Document]]
-    origin: dict[str, Any]
+    def __init__(self, documents: Callable[[], Iterator[Document]], origin: dict[str, Any]):
+        """Takes what iterates over all documents (each call starts again), and versions or names for the manifest."""
+        self.documents, self.origin = documents, origin
 
     def split(self, split: str, validation_fraction: float) -> Iterator[Document]:
-        """Iterates over the documents of "train" or "validation"."""
+        """Iterates over the documents of "train" or "validation"; a fraction of 0 holds out nothing."""
         validation = split == "validation"
-        return (d for d in self.documents() if in_validation(d.group, validation_fraction) == validation)
+        survey = self.survey
+        if survey.documents == 1 and validation_fraction:
+            (whole,) = self.documents()
+            cut = math.ceil(len(whole.text) * (1 - validation_fraction))
+            yield Document(whole.text[cut:] if validation else whole.text[:cut], whole.group)
+            return
+        for document in self.documents():
+            place = position(document.group)
+            held_out = place < survey.highest and (place < validation_fraction or place == survey.lowest)
+            if (held_out and validation_fraction > 0) == validation:
+                yield document
+
+    @functools.cached_property
+    def survey(self) -> Survey:
+        """Reads every document once, so that a bad file is found before anything is written.
+
+        Raises:
+          UserError: a file cannot be used, or there is no text.
+        """
+        documents = text_bytes = 0
+        lowest, highest = 1.0, 0.0
+        digest = hashlib.sha256()
+        for document in self.documents():
+            data = document.text.encode()
+            documents += 1
+            text_bytes += len(data)
+            digest.update(hashlib.sha256(document.group.encode()).digest() + hashlib.sha256(data).digest())
+            place = position(document.group)
+            lowest, highest = min(lowest, place), max(highest, place)
+        if not text_bytes:
+            raise UserError(f"The corpus is empty ({documents} documents without text); give it some text.")
+        return Survey(documents, text_bytes, digest.hexdigest(), lowest, highest)
 
 
-def in_validation(group: str, validation_fraction: float) -> bool:
-    """Tells whether a group is held out: its SHA-256, read as a fraction of 1, is below `validation_fraction`.
-
-    So a group's place depends on nothing but its name, and a larger fraction only adds groups.
-    """
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") < validation_fraction * 2**64
+def position(name: str) -> float:
+    """Returns where a name stands between 0 and 1: the start of its SHA-256, read as a fraction."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def open_corpus(task: str, files: Sequence[str]) -> Corpus:

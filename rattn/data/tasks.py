@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from rattn.data.corpora import CORPORA, Corpus, in_validation
+from rattn.data.corpora import CORPORA, Corpus, position
 from rattn.data.vocabulary import MODEL_FILE, ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rattn.errors import UserError, nearest
 
@@ -106,8 +106,8 @@ def _registered_documents(task: seqio.Task, validation_fraction: float) -> Calla
             yield from _documents(task, split)
             return
         for ids in _documents(task, "train"):
-            group = np.asarray(ids, "<i4").tobytes().hex()
-            if in_validation(group, validation_fraction) == (split == "validation"):
+            held_out = position(np.asarray(ids, "<i4").tobytes().hex()) < validation_fraction
+            if held_out == (split == "validation"):
                 yield ids
 
     return documents
