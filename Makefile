@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 goldens: $(VENV)/installed
-	$(PY) scripts/regenerate_goldens.py
+	$(PY) -m pytest tests/rattn/test_goldens.py --regenerate-goldens
 
 $(VENV)/installed: requirements.lock setup.cfg
 	@test -n "$(BASE_PYTHON)" || { echo "rattn needs Python 3.12 or newer and found none on the PATH; install one and type the command again."; exit 1; }

@@ -161,44 +161,51 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def run_main(main: Callable[[ConfigDict], int], extra_flags: Callable[[], None] = lambda: None) -> None:
+def run_main(main: Callable[[ConfigDict, str], int]) -> None:
     """Runs an entry point: `--config recipe.py:arguments` and overrides in, an exit status out.
 
-    A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl does not know.
+    `main` gets the valid config and the recipe's file name without its suffix. A `UserError` is printed as its sentence
+    and becomes status 1; so does a flag that absl does not know.
     """
-    config_flags.DEFINE_config_file("config", None, "Recipe, as path.py or path.py:key=value,key=value.")
-    extra_flags()
-    flags.mark_flag_as_required("config")
-
-    def parse(arguments: Sequence[str]) -> list[str]:
-        _check_overrides(arguments)
-        return flags.FLAGS(list(arguments))
 
     def guarded(_: list[str]) -> int:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-        return main(validate(flags.FLAGS.config))
+        return main(validate(flags.FLAGS.config), pathlib.Path(recipe.partition(":")[0]).stem)
 
     try:
-        app.run(guarded, flags_parser=parse)
+        recipe, rest = _take_recipe(sys.argv)
+        path, _, arguments = recipe.partition(":")
+        config = load_config(path, arguments)
+        _check_overrides(config, rest)
+        config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
+        app.run(guarded, argv=rest, flags_parser=lambda arguments: flags.FLAGS(list(arguments)))
     except UserError as error:
         sys.exit(f"rattn: {error}")
-    except flags.Error as error:
-        sys.exit(f"rattn: {str(error).strip().splitlines()[-1]}")
+    except (flags.Error, ValueError, TypeError) as error:
+        if isinstance(error, flags.Error) or not flags.FLAGS.is_parsed():
+            sys.exit(f"rattn: {str(error).strip().splitlines()[-1]}")
+        raise
 
 
-def _check_overrides(arguments: Sequence[str]) -> None:
+def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Splits the value of `--config` off the command line."""
+    rest, recipe = list(arguments), None
+    for index, argument in enumerate(rest):
+        if argument.startswith(("--config=", "-config=")):
+            recipe = rest.pop(index).partition("=")[2]
+            break
+        if argument in ("--config", "-config") and index + 1 < len(rest):
+            recipe = rest.pop(index + 1)
+            rest.pop(index)
+            break
+    if not recipe:
+        raise UserError("There is no --config; name a recipe, such as --config configs/tiny.py.")
+    return recipe, rest
+
+
+def _check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
     """Names the nearest key for `--config.unknown`, which absl alone reports by a traceback."""
-    recipe = None
-    for index, argument in enumerate(arguments):
-        if argument in ("--config", "-config") and index + 1 < len(arguments):
-            recipe = arguments[index + 1]
-        elif argument.startswith(("--config=", "-config=")):
-            recipe = argument.partition("=")[2]
-    if recipe is None:
-        return
-    path, _, recipe_arguments = recipe.partition(":")
-    config = load_config(path, recipe_arguments)
     for argument in arguments:
         if not argument.startswith(("--config.", "-config.")):
             continue

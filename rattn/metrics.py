@@ -57,9 +57,14 @@ class Progress:
     SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
     def __init__(self, total_steps: int, first_step: int):
-        self._total, self._first, self._started = total_steps, first_step, time.monotonic()
+        self._total, self._first = total_steps, first_step
         self._live = sys.stdout.isatty()
         self._last_plain = -float("inf")
+        self.start()
+
+    def start(self) -> None:
+        """The time that is left is reckoned from here."""
+        self._started = time.monotonic()
 
     def show(self, step: int, values: dict[str, Any]) -> None:
         """Shows step/total, loss, tokens a second and the time left."""

@@ -7,7 +7,6 @@ stop, saved, and should be started again, anything else failed with a sentence.
 import contextlib
 import functools
 import json
-import pathlib
 import shlex
 import signal
 import sys
@@ -59,7 +58,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
     spec = model_spec(config.model, sharding.operators())
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
-    shapes, shardings = _state_layout(spec, optimizer, sharding)
+    shapes, shardings = state_layout(spec, optimizer, sharding)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     print(f"rattn · {workdir} · {jax.device_count()} × {jax.devices()[0].device_kind}")
     print(accounting.summary(config, spec, shapes["optimizer"], jax.device_count()))
@@ -112,8 +111,9 @@ class _Loop:
         config, total = self.config, self.config.total_steps
         self.writer = MetricsWriter(self.workdir, config.log, first_step) if jax.process_index() == 0 else None
         self.progress = Progress(total, first_step)
-        self.saved_step, self.clock = first_step, _Clock()
-        train_step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
+        self.saved_step = first_step
+        train_step = self._compile(step_function, state, shardings)
+        self.clock = _Clock(first_step)
         reading = {"read_threads": config.data.read_threads, "prefetch_batches": config.data.prefetch_batches}
         batches = prefetched(self.data.train, first_step, **reading)
         step, pending = first_step, None
@@ -149,6 +149,24 @@ class _Loop:
                 if self.writer:
                     self.writer.close()
         return EXIT_COMPLETE if step == total else EXIT_RESTART
+
+    def _compile(self, step_function: Any, state: Any, shardings: Any) -> Any:
+        """Compiles the training step ahead of its first use, so that no step's time holds it."""
+        started = time.monotonic()
+        self.progress.say("Compiling the training step …")
+        shape = (self.config.batch_size, self.config.context_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                shape, np.bool_ if name == "loss_mask" else np.int32, sharding=self.sharding.batch
+            )
+            for name in ("tokens", "targets", "segment_ids", "loss_mask")
+        }
+        compiled = (
+            jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
+        )
+        self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")
+        self.progress.start()
+        return compiled
 
     def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return {
@@ -231,8 +249,8 @@ class _Loop:
 class _Clock:
     """Seconds a step, and the share of them spent waiting for data, since the last lap."""
 
-    def __init__(self):
-        self._lap_step, self._lap_at = None, time.monotonic()
+    def __init__(self, first_step: int):
+        self._lap_step, self._lap_at = first_step, time.monotonic()
         self._waited = self._paused = 0.0
 
     @contextlib.contextmanager
@@ -253,10 +271,9 @@ class _Clock:
         """Returns (seconds a step, share waited) since the last lap and starts another."""
         now = time.monotonic()
         seconds = max(now - self._lap_at - self._paused, 1e-9)
-        steps = step - self._lap_step if self._lap_step is not None else 1
-        share = self._waited / seconds
+        steps, share = step - self._lap_step, self._waited / seconds
         self._lap_step, self._lap_at, self._waited, self._paused = step, now, 0.0, 0.0
-        return seconds / max(steps, 1), min(share, 1.0)
+        return seconds / steps, min(share, 1.0)
 
 
 @contextlib.contextmanager
@@ -278,7 +295,7 @@ def _stop_signal() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def _state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[Any, Any]:
+def state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[Any, Any]:
     """Shapes and shardings of {"parameters", "optimizer", "step"}."""
     parameters = sharding.parameters(spec.logical, spec.shapes)
     optimizer_shapes = jax.eval_shape(optimizer.init, spec.shapes)
@@ -340,14 +357,12 @@ def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
         print(f"Complete. To train longer: {command} --config.total_steps=…")
 
 
-def main(config: ConfigDict) -> int:
+def main(config: ConfigDict, recipe: str) -> int:
     """Entry point behind the flags."""
-    recipe = flags.FLAGS["config"].config_filename
-    workdir = flags.FLAGS.workdir or f"runs/{pathlib.Path(recipe.partition(':')[0]).stem}"
+    workdir = flags.FLAGS.workdir or f"runs/{recipe}"
     return train(config, workdir, shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
-    run_main(
-        main, lambda: flags.DEFINE_string("workdir", None, "Folder of logs and checkpoints; runs/RECIPE by default.")
-    )
+    flags.DEFINE_string("workdir", None, "Folder of logs and checkpoints; runs/RECIPE by default.")
+    run_main(main)

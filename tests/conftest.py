@@ -35,3 +35,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuses to run without the eight devices that the sharding tests stand on."""
     if jax.default_backend() == "cpu":
         assert jax.device_count() == 8, f"tests need 8 fake CPU devices, found {jax.device_count()}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make goldens`."""
+    parser.addoption("--regenerate-goldens", action="store_true", help="write tests/goldens instead of comparing")

@@ -94,12 +94,12 @@ def test_what_does_not_fit_gets_a_sentence(changes, sentence):
         (["--config", "configs/tiny.py", "--config.total_steps=many"], "total_steps"),
         (["--config", "configs/tiny.py", "--config.model.window=-2"], "config.model.window is -2"),
         (["--config", "configs/tiny.py", "--wrkdir=x"], "workdir"),
-        ([], "--config must have a value"),
+        ([], "There is no --config; name a recipe"),
     ],
 )
 def test_the_command_line_answers_in_one_sentence(arguments, sentence):
-    program = "from rattn.config import run_main; from absl import flags; run_main(lambda c: 0, "
-    program += "lambda: flags.DEFINE_string('workdir', None, ''))"
+    program = "from rattn.config import run_main; from absl import flags; "
+    program += "flags.DEFINE_string('workdir', None, ''); run_main(lambda config, recipe: 0)"
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert sentence in done.stderr

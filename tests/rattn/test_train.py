@@ -1,0 +1,182 @@
+"""Training through the public command: what is killed and resumed equals what was left alone."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rattn.checkpoint import Checkpoints
+from rattn.errors import UserError
+from rattn.model.parameters import model_spec
+from rattn.optimizer import make_optimizer
+from rattn.train import train
+from tests.runs import STEPS, finish, lines, start
+
+
+def interrupt(process, workdir, first, last, number):
+    """Sends a signal at a random step between `first` and `last`; returns the step it was seen at."""
+    wanted = random.SystemRandom().randint(first, last)
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        step = len(path.read_text().splitlines()) if path.exists() else 0
+        if step >= wanted:
+            process.send_signal(number)
+            return step
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended before step {wanted}: {process.communicate()}")
+
+
+def final_state(workdir, miniature):
+    """The arrays of the last checkpoint, by path."""
+    config = miniature(f"steps={STEPS}")
+    spec = model_spec(config.model)
+    shapes = {"parameters": spec.shapes, "step": jax.ShapeDtypeStruct((), np.int32)}
+    shapes["optimizer"] = jax.eval_shape(make_optimizer(config.optimizer, STEPS, spec.logical).init, spec.shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=20)
+    try:
+        assert checkpoints.latest_step() == STEPS
+        return jax.tree_util.tree_leaves_with_path(checkpoints.restore(STEPS, target))
+    finally:
+        checkpoints.close()
+
+
+def test_killed_and_stopped_and_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, stream_folder, miniature):
+    workdir = tmp_path / "run"
+    process = start(workdir, stream_folder)
+    killed_at = interrupt(process, workdir, 25, 50, signal.SIGKILL)
+    finish(process)
+    assert not (workdir / "checkpoints" / str(STEPS)).exists()
+    process = start(workdir, stream_folder)
+    stopped_at = interrupt(process, workdir, 60, 85, signal.SIGTERM)
+    status, out, err = finish(process)
+    assert status == 75, err
+    assert "Continuing from step" in out
+    assert "To continue: python -m rattn.train" in out
+    status, out, err = finish(start(workdir, stream_folder))
+    assert status == 0, err
+    note = f"killed at {killed_at}, stopped at {stopped_at}"
+    assert lines(workdir) == lines(whole[0]), note
+    ours, theirs = (final_state(folder, miniature) for folder in (workdir, whole[0]))
+    for (path, leaf), (_, wanted) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted), err_msg=f"{path}, {note}")
+
+
+def test_another_mesh_continues_with_the_same_losses(whole, tmp_path, stream_folder):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > 60:
+            shutil.rmtree(folder)
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.model=2"]
+    status, out, err = finish(start(workdir, stream_folder, *mesh, devices=8))
+    assert status == 0, err
+    assert "Continuing from step 60." in out
+    ours, theirs = lines(workdir), lines(whole[0])
+    assert ours.keys() == theirs.keys()
+    for key, values in ours.items():
+        for name, value in values.items():
+            np.testing.assert_allclose(
+                value, theirs[key][name], rtol=1e-5 if "loss" in name else 1e-3, err_msg=f"{key} {name}"
+            )
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, out = whole
+    assert {path.name for path in workdir.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert any(path.name.startswith("vocabulary") for path in workdir.iterdir())
+    first = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first.keys() == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"}
+    values = lines(workdir)
+    assert values[STEPS, "train"]["loss"] < values[1, "train"]["loss"] - 1
+    assert values[STEPS, "eval"]["eval/bits_per_byte"] == pytest.approx(
+        values[STEPS, "eval"]["eval/loss"] / np.log(2), rel=1e-2
+    )
+    for words in ("parameters", "tokens a step", "FLOPs a token", "memory estimate", "decode cache", "validation loss"):
+        assert words in out
+    assert f"Logs: {workdir}/metrics.jsonl" in out
+    assert "To train longer: python -m rattn.train" in out
+
+
+def test_a_complete_run_says_so(whole, miniature, capsys):
+    assert train(miniature(f"steps={STEPS}"), whole[0]) == 0
+    assert f"The run is complete at step {STEPS}; to train longer, raise config.total_steps." in capsys.readouterr().out
+
+
+def copy_of(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_another_architecture_is_refused_by_name(whole, miniature):
+    with pytest.raises(UserError) as error:
+        train(miniature(f"steps={STEPS}", model__mlp_width=32), whole[0])
+    assert (
+        "made by another architecture: parameter blocks.layers.0.mlp.down_FD is (1, 24, 16) float32 there and (1, 32, 16)"
+        in str(error.value)
+    )
+    with pytest.raises(UserError, match=r"softmax_norm.scale is \(1, 4, 8\) float32 there and absent in this config"):
+        train(miniature(f"steps={STEPS},mixer=linear"), whole[0])
+
+
+def test_other_data_is_refused(whole, miniature):
+    with pytest.raises(UserError, match="was trained on data with fingerprint"):
+        train(miniature(f"steps={STEPS}", data__source="synthetic"), whole[0])
+
+
+def test_half_written_checkpoint_is_skipped_and_said(whole, tmp_path, miniature, capsys):
+    workdir = copy_of(whole, tmp_path)
+    shutil.copytree(workdir / "checkpoints" / "100", workdir / "checkpoints" / "110.orbax-checkpoint-tmp")
+    train(miniature(f"steps={STEPS}"), workdir)
+    out = capsys.readouterr().out
+    assert "Skipping the half-written checkpoint of step 110" in out
+    assert "complete at step 100" in out
+
+
+def test_damaged_checkpoint_names_the_one_before(whole, tmp_path, miniature):
+    workdir = copy_of(whole, tmp_path)
+    for file in (workdir / "checkpoints" / "100" / "state").rglob("*"):
+        if file.is_file() and "d" in file.parts[-2:-1]:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/100 cannot be read .* or rename it to continue from step 90"):
+        train(miniature(f"steps={STEPS + 1}"), workdir)
+
+
+def test_vocabulary_larger_than_the_model_is_refused(miniature, tmp_path):
+    with pytest.raises(UserError, match=r"config.model.vocab_size is 200 and the vocabulary of .* has 259 ids"):
+        train(miniature(model__vocab_size=200), tmp_path)
+
+
+def test_changed_settings_are_said(whole, miniature, capsys):
+    train(miniature(f"steps={STEPS}", optimizer__learning_rate=0.5), whole[0])
+    assert "Changed since step 100: config.optimizer.learning_rate 0.01 -> 0.5" in capsys.readouterr().out
+
+
+def test_a_non_finite_step_stops_with_its_rows_and_keeps_the_last_good_checkpoint(miniature, tmp_path):
+    """A learning rate beyond float32 sends the weights to infinity at the first update."""
+    config = miniature(optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
+    config.checkpoint.every_steps = 2
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path)
+    sentence = str(error.value)
+    step = int(sentence.split()[1])
+    assert f"Step {step} has loss" in sentence
+    assert "rows speeches:" in sentence
+    assert f"the last good checkpoint is of step {(step - 1) // 2 * 2}" in sentence
+    kept = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert max(kept, default=0) < step
+
+
+def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, capsys):
+    config = miniature("steps=8", optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
+    config.on_non_finite = "skip"
+    config.log.profile_steps = (3, 5)
+    assert train(config, tmp_path) == 0
+    assert "its update was not applied" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
