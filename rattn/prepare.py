@@ -168,9 +168,8 @@ def _open_sources(request: Request, corpus: Corpus | None, folder: pathlib.Path)
 
 
 def _import_tasks() -> ModuleType:
-    """Imports seqio and TensorFlow, kept quiet and off the accelerators."""
+    """Imports seqio and TensorFlow, kept quiet."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     print("loading seqio and TensorFlow", file=sys.stderr)
     # TensorFlow's C++ logs about missing accelerators ignore its own log level; a failing import still raises.
     kept, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -216,9 +215,9 @@ class Progress:
         if not last and now - self._shown < (0.2 if self._terminal else 10):
             return
         self._shown = now
-        of = f" of {self._corpus_bytes / 1e6:.1f}" if self._corpus_bytes else ""
+        of = f" of {self._corpus_bytes / 1e6:.3g}" if self._corpus_bytes else ""
         line = (
-            f"{self._title}: {writer.documents} documents, {writer.text_bytes / 1e6:.1f}{of} MB, "
+            f"{self._title}: {writer.documents} documents, {writer.text_bytes / 1e6:.3g}{of} MB, "
             f"{writer.tokens} tokens, {writer.tokens / max(now - self._began, 1e-3) / 1e6:.2f} M tokens/s"
         )
         start, end = ("\r\x1b[K", "\n" if last else "") if self._terminal else ("", "\n")

@@ -82,9 +82,7 @@ def ensure_prepared(data_config: ConfigDict) -> None:
         return
     # A subprocess, so that neither TensorFlow nor seqio is ever imported here; the accelerators stay this process's.
     command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
-    done = subprocess.run(
-        command, env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"}, check=False
-    )
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
     if done.returncode:
         raise UserError(
             f"Preparing task {request.task!r} into {str(data_config.path)!r} failed with status {done.returncode}; "

@@ -14,6 +14,9 @@ from rattn.data.corpora import CORPORA, Corpus, position
 from rattn.data.vocabulary import MODEL_FILE, ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from rattn.errors import UserError, nearest
 
+# TensorFlow would otherwise take a GPU's memory, and look for one (loudly) at its first operation.
+tf.config.set_visible_devices([], "GPU")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -47,6 +50,8 @@ def shipped_source(
             output_signature={"targets": tf.TensorSpec((), tf.string)},
         )
 
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
     task = seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(dataset, splits=("train", "validation")),
