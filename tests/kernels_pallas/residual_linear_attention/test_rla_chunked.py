@@ -33,7 +33,7 @@ def sizes(jaxpr):
 
 @pytest.mark.parametrize("chunk", [8, 64])
 def test_no_array_of_quadratic_size(monkeypatch, chunk):
-    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "MIN_CHUNK", chunk)
 
     def gradients(q, k, v, ids):
         o, pull = backward(q, k, v, ids)
@@ -47,5 +47,5 @@ def test_backward_keeps_inputs_and_states_only():
     """Residuals of a chunk beyond its inputs and the state before it (scores, features) would break this bound."""
     residuals = jax.tree.leaves(jax.eval_shape(lambda *a: backward(*a)[1], *arguments(T)))
     elements = sum(int(np.prod(r.shape)) for r in residuals)
-    inputs, states, ids = 3 * T * H, T // chunked.CHUNK * 2 * H * H, 3 * T
+    inputs, states, ids = 3 * T * H, T // chunked.MIN_CHUNK * 2 * H * H, 3 * T
     assert elements <= 2 * inputs + states + 2 * ids, [r.shape for r in residuals]

@@ -37,9 +37,12 @@ def test_matches_reference(implementation, name):
 @pytest.mark.parametrize("name", ["window_at_chunk", "relu", "identity"])
 @pytest.mark.parametrize("scale", [1e8, 1e-40])
 def test_extreme_magnitudes_are_finite(implementation, name, scale):
-    """1e8 overflows an exponential and 1e-40 is denormal; sums of products of three stay below float32's largest."""
+    """1e-40 is denormal. At 1e8 a product of three still fits float32; a softmax may see nearly its largest number."""
     case, ids, arrays = prepare(implementation, name)
-    arrays = {n: np.float32(scale) * x if n in "qkv" else x for n, x in arrays.items()}
+    scales = {"q": scale, "k": scale, "v": scale}
+    if scale > 1 and case.feature_map == "softmax":
+        scales |= {"q": 3e37, "k": 3e37}
+    arrays |= {n: np.float32(s) * arrays[n] for n, s in scales.items()}
     results = suite.run(implementation, case, arrays, ids)
     for result, value in results.items():
         assert np.isfinite(value).all(), result
@@ -168,7 +171,8 @@ def test_bfloat16(implementation, values):
     grows with every one of the chunks, as does the error of a state that is not kept in float32.
     """
     u, C = 2.0**-8, implementation.chunk
-    case = suite.Case(T=12 * C + 5, S=12 * C + 8, window=C, H=implementation.H, dtype="bfloat16")
+    T = max(4 * C, 96) + 5
+    case = suite.Case(T=T, S=T + 3, window=C, H=implementation.H, dtype="bfloat16")
     ids = suite.document_rows(case, C)
     arrays = suite.random_arrays(case, batch=len(ids))
     if values == "positive":
