@@ -6,6 +6,7 @@ they run in Pallas' interpret mode.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,34 +31,21 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
     delay = max(delay, 0)
     query_len = T + early
 
-    chunk = tuning.TPU_CHUNK
-    most = min(tuning.TPU_CHUNKS, -(-query_len // chunk))
-    if delay >= query_len:
-        chunks = most
-        delay_blocks = -(-query_len // (chunk * chunks))
-    else:
-        late = delay % chunk
-        k, v = (jnp.pad(x, ((0, 0), (late, 0), (0, 0))) for x in (k, v))
-        kv_ids = None if kv_ids is None else jnp.pad(kv_ids, ((0, 0), (late, 0)), mode="edge")
-        delay_chunks = delay // chunk
-        chunks = max(m for m in range(1, most + 1) if delay_chunks % m == 0)
-        delay_blocks = delay_chunks // chunks
+    late = delay % tuning.TPU_CHUNK if delay < query_len else 0  # what is left is a whole number of chunks
+    k, v = (jnp.pad(x, ((0, 0), (late, 0), (0, 0))) for x in (k, v))
+    kv_ids = None if kv_ids is None else jnp.pad(kv_ids, ((0, 0), (late, 0)), mode="edge")
 
-    plan = Plan(
-        query_len=query_len,
-        kv_len=k.shape[1],
-        heads=N,
-        kv_heads=K,
-        head_dim=H,
-        feature_map=feature_map,
-        chunk=chunk,
-        chunks=chunks,
-        delay_blocks=delay_blocks,
-        kv_heads_per_step=_kv_heads_per_step(K, H),
-        group_splits=_group_splits(B, K, N // K, H),
-        has_ids=q_ids is not None,
-        has_initial_state=initial_state is not None,
-    )
+    static = {
+        "query_len": query_len,
+        "kv_len": S + late,
+        "heads": N,
+        "kv_heads": K,
+        "head_dim": H,
+        "feature_map": feature_map,
+        "has_ids": q_ids is not None,
+        "has_initial_state": initial_state is not None,
+    }
+    plan = _choose_plan(static, B, delay - late, q.dtype.itemsize)
     o, state = _kernels(plan, q, k, v, q_ids, kv_ids, initial_state)
     if kv_segment_ids is not None:
         last_read = max(S - 1 - window, 0)
@@ -66,17 +54,52 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
     return o[:, early:].reshape(B, T, N, H), state
 
 
-def _kv_heads_per_step(kv_heads: int, head_dim: int) -> int:
-    """Returns the fewest key/value heads whose columns fill whole tiles of 128 lanes, or all of them."""
-    for count in range(1, kv_heads):
-        if kv_heads % count == 0 and count * head_dim % LANES == 0:
-            return count
-    return kv_heads
+def _choose_plan(static: dict, batch: int, delay: int, itemsize: int) -> Plan:
+    """Returns the plan with most chunks a block, then most key/value heads a step, that VMEM and tuning allow."""
+    K, H, query_len = static["kv_heads"], static["head_dim"], static["query_len"]
+    group = static["heads"] // K
+    most = min(tuning.TPU_CHUNKS, -(-query_len // tuning.TPU_CHUNK))
+    whole_tiles = [n for n in range(1, K + 1) if K % n == 0 and n * H % LANES == 0] or [K]
+    smallest = None
+    for splits, chunks, heads_per_step in itertools.product(
+        _group_splits(batch * K, group, H), range(most, 0, -1), reversed(whole_tiles)
+    ):
+        fewest_heads = heads_per_step == whole_tiles[0]
+        rows = batch * K // heads_per_step * splits
+        units = heads_per_step * group // splits * chunks
+        block = tuning.TPU_CHUNK * chunks
+        # A v5p chip shares the rows of the grid out to two cores.
+        if (rows % 2 and not fewest_heads) or (units > tuning.TPU_UNITS and not (fewest_heads and chunks == 1)):
+            continue
+        if delay < query_len and delay % block:
+            continue
+        plan = Plan(
+            **static,
+            chunk=tuning.TPU_CHUNK,
+            chunks=chunks,
+            delay_blocks=-(-min(delay, query_len) // block),
+            kv_heads_per_step=heads_per_step,
+            group_splits=splits,
+            vmem_limit_bytes=tuning.TPU_VMEM_BYTES,
+        )
+        if plan.vmem_bytes(itemsize) <= tuning.TPU_VMEM_BYTES:
+            return plan
+        smallest = plan
+    needed, there = (size / 2**20 for size in (smallest.vmem_bytes(itemsize), tuning.TPU_VMEM_BYTES))
+    raise ValueError(
+        f"q_BTNH with N={static['heads']}, H={H} and k_BSKH with K={K} need {needed:.0f} MiB of VMEM, of which"
+        f" {there:.0f} are there: use implementation='chunked'."
+    )
 
 
-def _group_splits(batch: int, kv_heads: int, group: int, head_dim: int) -> int:
-    """Returns 2 where batch × kv heads = 1 would leave the second core of a chip idle: each takes half of the group."""
-    return 2 if batch * kv_heads == 1 and group % 2 == 0 and group // 2 * head_dim % LANES == 0 else 1
+def _group_splits(sequences: int, group: int, head_dim: int) -> list[int]:
+    """Returns into how many parts a group may be cut, best first.
+
+    Each part carries its own state and the gradients of k and v are summed outside, so one is best, but for one
+    sequence of one key/value head: there two parts employ both cores of a chip.
+    """
+    splits = [n for n in range(1, group + 1) if group % n == 0 and (n == 1 or group // n * head_dim % LANES == 0)]
+    return sorted(splits, key=lambda n: (sequences == 1 and n == 1, n))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

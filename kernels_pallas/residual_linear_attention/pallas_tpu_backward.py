@@ -101,71 +101,60 @@ def _chunk(plan, c, documents, q_ref, k_ref, v_ref, do_ref, ids_refs, states_ref
     dtype, rows = q_ref.dtype, slice(c * plan.chunk, (c + 1) * plan.chunk)
     H, C = plan.head_dim, plan.chunk
     q_ids_1C, kv_ids_1C = (ref[0, :, rows] for ref in ids_refs) if ids_refs else (None, None)
-    mask = readable(C, q_ids_1C, kv_ids_1C)
+    mask_CL = jnp.tile(readable(C, q_ids_1C, kv_ids_1C), (1, plan.group))
     qT, kT, vT, doT = (ref[0, rows, :].T for ref in (q_ref, k_ref, v_ref, do_ref))
     dqs, dks, dvs = [], [], []
     for head in range(plan.kv_heads_per_step):
         of_head = slice(head * H, (head + 1) * H)
         kT_HC, vT_HC = kT[of_head].astype(jnp.float32), vT[of_head]
-        phi_kT_PC = features(plan.feature_map, kT_HC)
-        phi_kT_low = phi_kT_PC.astype(dtype)
-        phi_k_CP = phi_kT_low.T
-        left = jnp.concatenate([vT_HC.T, states_ref[c, head]], axis=0)
+        qT_HL, doT_HL = plan.side_by_side(qT, head).astype(jnp.float32), plan.side_by_side(doT, head)
+        phi_kT_PC, phi_qT_PL = features(plan.feature_map, kT_HC), features(plan.feature_map, qT_HL)
+        low_kT_PC, low_qT_PL = phi_kT_PC.astype(dtype), phi_qT_PL.astype(dtype)
 
+        # Through the state that leaves the chunk.
         dstate_PH = dstate_ref[head]
-        dstate_low = dstate_PH.astype(dtype)
+        low_dstate_PH = dstate_PH.astype(dtype)
+        vT_kept, doT_read = vT_HC, doT_HL
+        dvT_HC = plan.matmul(low_dstate_PH.T, low_kT_PC)
         if ids_refs:
-            vT_read = jnp.where(kv_ids_1C == documents[1], vT_HC, jnp.zeros_like(vT_HC))
-            dvT_HC = jnp.where(kv_ids_1C == documents[1], plan.matmul(dstate_low.T, phi_kT_low), 0.0)
+            kept_1C = kv_ids_1C == documents[1]
+            vT_kept = jnp.where(kept_1C, vT_HC, jnp.zeros_like(vT_HC))
+            dvT_HC = jnp.where(kept_1C, dvT_HC, 0.0)
             dstate_PH = jnp.where(documents[0] == documents[1], dstate_PH, 0.0)
-        else:
-            vT_read = vT_HC
-            dvT_HC = plan.matmul(dstate_low.T, phi_kT_low)
-        dphi_kT_PC = plan.matmul(dstate_low, vT_read)
+            read_1L = jnp.tile(q_ids_1C == documents[0], (1, plan.group))
+            doT_read = jnp.where(read_1L, doT_HL, jnp.zeros_like(doT_HL))
+        dphi_kT_PC = plan.matmul(low_dstate_PH, vT_kept)
 
-        for g in range(plan.group):
-            n = head * plan.group + g
-            qT_HC = qT[n * H : (n + 1) * H].astype(jnp.float32)
-            doT_HC = doT[n * H : (n + 1) * H]
-            phi_qT_PC = features(plan.feature_map, qT_HC)
-            phi_qT_low = phi_qT_PC.astype(dtype)
-            scores = jnp.where(mask, plan.matmul(phi_k_CP, phi_qT_low), 0.0).astype(dtype)
-            both = plan.matmul(left, doT_HC)
-            dscores = jnp.where(mask, both[:C], 0.0).astype(dtype)
-            old = both[C:]
-            phi_qT_old = phi_qT_low
-            if ids_refs:
-                old = jnp.where(q_ids_1C == documents[0], old, 0.0)
-                phi_qT_old = jnp.where(q_ids_1C == documents[0], phi_qT_low, jnp.zeros_like(phi_qT_low))
-            dphi_qT_PC = old + plan.matmul(phi_kT_low, dscores)
-            dqs.append(features_vjp(plan.feature_map, qT_HC, phi_qT_PC, dphi_qT_PC).astype(dtype))
-            dvT_HC += plan.matmul_nt(doT_HC, scores)
-            dphi_kT_PC += plan.matmul_nt(phi_qT_low, dscores)
-            dstate_PH += plan.matmul_nt(phi_qT_old, doT_HC)
-        dstate_ref[head] = dstate_PH
+        # Inside the chunk, and through the state that enters it.
+        scores_CL = jnp.where(mask_CL, plan.matmul(low_kT_PC.T, low_qT_PL), 0.0).astype(dtype)
+        dscores_CL = jnp.where(mask_CL, plan.matmul(vT_HC.T, doT_HL), 0.0).astype(dtype)
+        dphi_qT_PL = plan.matmul(low_kT_PC, dscores_CL) + plan.matmul(states_ref[c, head], doT_read)
+        dvT_HC += plan.matmul_nt(doT_HL, scores_CL)
+        dphi_kT_PC += plan.matmul_nt(low_qT_PL, dscores_CL)
+        dstate_ref[head] = dstate_PH + plan.matmul_nt(low_qT_PL, doT_read)
+
+        dqs.append(features_vjp(plan.feature_map, qT_HL, phi_qT_PL, dphi_qT_PL).astype(dtype))
         dks.append(features_vjp(plan.feature_map, kT_HC, phi_kT_PC, dphi_kT_PC).astype(dtype))
         dvs.append(dvT_HC.astype(dtype))
-    dq_ref[0, rows, :] = jnp.concatenate(dqs, axis=0).T
+    dq_ref[0, rows, :] = plan.stacked(dqs).T
     dk_ref[0, 0, rows, :] = jnp.concatenate(dks, axis=0).T
     dv_ref[0, 0, rows, :] = jnp.concatenate(dvs, axis=0).T
 
 
 def _chunk_without_keys(plan, c, document, q_ref, do_ref, ids_refs, saved_ref, dq_ref, dstate_ref):
     dtype, rows = q_ref.dtype, slice(c * plan.chunk, (c + 1) * plan.chunk)
-    H = plan.head_dim
     qT, doT = q_ref[0, rows, :].T, do_ref[0, rows, :].T
     dqs = []
-    for n in range(plan.kv_heads_per_step * plan.group):
-        head = n // plan.group
-        qT_HC = qT[n * H : (n + 1) * H].astype(jnp.float32)
-        doT_HC = doT[n * H : (n + 1) * H]
+    for head in range(plan.kv_heads_per_step):
+        qT_HL, doT_HL = plan.side_by_side(qT, head).astype(jnp.float32), plan.side_by_side(doT, head)
         if ids_refs:
-            doT_HC = jnp.where(ids_refs[0][0, :, rows] == document, doT_HC, jnp.zeros_like(doT_HC))
-        phi_qT_PC = features(plan.feature_map, qT_HC)
-        dphi_qT_PC = plan.matmul(saved_ref[0, 0, head, 0].T.astype(dtype), doT_HC)
-        dqs.append(features_vjp(plan.feature_map, qT_HC, phi_qT_PC, dphi_qT_PC).astype(dtype))
-        dstate_ref[head] += plan.matmul_nt(phi_qT_PC.astype(dtype), doT_HC)
-    dq_ref[0, rows, :] = jnp.concatenate(dqs, axis=0).T
+            read_1L = jnp.tile(ids_refs[0][0, :, rows] == document, (1, plan.group))
+            doT_HL = jnp.where(read_1L, doT_HL, jnp.zeros_like(doT_HL))
+        phi_qT_PL = features(plan.feature_map, qT_HL)
+        dphi_qT_PL = plan.matmul(saved_ref[0, 0, head, 0].T.astype(dtype), doT_HL)
+        dqs.append(features_vjp(plan.feature_map, qT_HL, phi_qT_PL, dphi_qT_PL).astype(dtype))
+        dstate_ref[head] += plan.matmul_nt(phi_qT_PL.astype(dtype), doT_HL)
+    dq_ref[0, rows, :] = plan.stacked(dqs).T
 
 
 def backward_call(plan: Plan, documents, q, k, v, do, saved, dfinal, *ids):
@@ -210,8 +199,10 @@ def backward_call(plan: Plan, documents, q, k, v, do, saved, dfinal, *ids):
         ),
         out_shape=[jax.ShapeDtypeStruct(s, d, manual_axis_type=axes) for s, d in out_shapes],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=plan.vmem_limit_bytes,
         ),
+        cost_estimate=plan.cost(batch, q.dtype.itemsize, products=5, tensors=(3, 4)),
         interpret=plan.interpret,
         name="rla_backward",
     )(documents, q, k, v, do, saved, dfinal, *ids)

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LANES = 128
 
@@ -34,6 +35,7 @@ class Plan:
     group_splits: int
     has_ids: bool
     has_initial_state: bool
+    vmem_limit_bytes: int
     interpret: bool = False
 
     @property
@@ -80,6 +82,40 @@ class Plan:
     def kv_lanes(self) -> int:
         """Width of a key block."""
         return self.kv_heads_per_step * self.head_dim
+
+    def vmem_bytes(self, itemsize: int) -> int:
+        """Returns an upper bound of the VMEM of the backward kernel, the hungrier of the two."""
+        state = self.kv_heads_per_step * self.feature_dim * self.head_dim
+        blocks = 2 * itemsize * self.block * (3 * self.q_lanes + 4 * self.kv_lanes)
+        states = state * (7 * 4 + self.chunks * itemsize)
+        # Features and their gradients in float32, for all heads of all chunks at once if the compiler so wishes.
+        spilled = 2 * 4 * self.block * self.kv_heads_per_step * (self.group + 1) * self.feature_dim
+        return blocks + states + spilled
+
+    def cost(self, batch: int, itemsize: int, *, products: int, tensors: tuple[int, int]) -> pl.CostEstimate:
+        """Returns what XLA schedules by; `tensors` counts those of q's and of k's shape.
+
+        `products` are those of the size scores x features a query head, and of the state's size a key/value head.
+        """
+        inside = self.heads * self.query_len * self.chunk * (self.feature_dim + self.head_dim)
+        through = (self.heads + self.kv_heads) * self.query_len * self.feature_dim * self.head_dim
+        q, k = self.heads * self.query_len * self.head_dim, self.kv_heads * self.kv_len * self.head_dim
+        states = 4 * self.query_blocks * self.kv_heads * self.feature_dim * self.head_dim
+        return pl.CostEstimate(
+            flops=batch * products * (inside + through),
+            transcendentals=2 * batch * (q + k),
+            bytes_accessed=batch * (itemsize * (tensors[0] * q + tensors[1] * k) + states),
+        )
+
+    def side_by_side(self, xT: jax.Array, head: int) -> jax.Array:
+        """Returns the group of key/value head `head` from [query heads · H, C] as [H, L], L = group · C."""
+        first, H = head * self.group, self.head_dim
+        return jnp.concatenate([xT[n * H : (n + 1) * H] for n in range(first, first + self.group)], axis=1)
+
+    def stacked(self, groups: list[jax.Array]) -> jax.Array:
+        """Returns [query heads · H, C] from the [H, L] of each key/value head: undoes `side_by_side`."""
+        C = self.chunk
+        return jnp.concatenate([xT[:, g * C : (g + 1) * C] for xT in groups for g in range(self.group)], axis=0)
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Returns a · b in float32; float32 operands are multiplied at full precision."""

@@ -65,42 +65,39 @@ def _chunk(plan, c, documents, q_ref, k_ref, v_ref, ids_refs, o_ref, state_ref):
     dtype, rows = q_ref.dtype, slice(c * plan.chunk, (c + 1) * plan.chunk)
     H, C = plan.head_dim, plan.chunk
     q_ids_1C, kv_ids_1C = (ref[0, :, rows] for ref in ids_refs) if ids_refs else (None, None)
-    mask = readable(C, q_ids_1C, kv_ids_1C)
-    qT, kT, vT = q_ref[0, rows, :].T, k_ref[0, rows, :].T, v_ref[0, rows, :].T
+    mask_CL = jnp.tile(readable(C, q_ids_1C, kv_ids_1C), (1, plan.group))
+    qT, kT, vT = (ref[0, rows, :].T for ref in (q_ref, k_ref, v_ref))
     outputs = []
     for head in range(plan.kv_heads_per_step):
-        phi_kT_PC = features(plan.feature_map, kT[head * H : (head + 1) * H].astype(jnp.float32)).astype(dtype)
-        vT_HC = vT[head * H : (head + 1) * H]
-        state_HP = state_ref[head]
+        of_head = slice(head * H, (head + 1) * H)
+        vT_HC, state_HP = vT[of_head], state_ref[head]
+        phi_kT_PC = features(plan.feature_map, kT[of_head].astype(jnp.float32)).astype(dtype)
+        phi_qT_PL = features(plan.feature_map, plan.side_by_side(qT, head).astype(jnp.float32)).astype(dtype)
+        # One product for scores and state: the features of the queries are loaded into the matrix units once.
         left = jnp.concatenate([phi_kT_PC.T, state_HP.astype(dtype)], axis=0)
-        for g in range(plan.group):
-            n = head * plan.group + g
-            phi_qT_PC = features(plan.feature_map, qT[n * H : (n + 1) * H].astype(jnp.float32)).astype(dtype)
-            both = plan.matmul(left, phi_qT_PC)
-            scores = jnp.where(mask, both[:C], 0.0).astype(dtype)
-            old = both[C:]
-            if ids_refs:
-                old = jnp.where(q_ids_1C == documents[0], old, 0.0)
-            outputs.append((old + plan.matmul(vT_HC, scores)).astype(dtype))
+        both = plan.matmul(left, phi_qT_PL)
+        scores_CL, oT_HL = jnp.where(mask_CL, both[:C], 0.0).astype(dtype), both[C:]
+        vT_kept = vT_HC
         if ids_refs:
-            vT_HC = jnp.where(kv_ids_1C == documents[1], vT_HC, jnp.zeros_like(vT_HC))
+            oT_HL = jnp.where(jnp.tile(q_ids_1C == documents[0], (1, plan.group)), oT_HL, 0.0)
+            vT_kept = jnp.where(kv_ids_1C == documents[1], vT_HC, jnp.zeros_like(vT_HC))
             state_HP = jnp.where(documents[0] == documents[1], state_HP, 0.0)
-        state_ref[head] = state_HP + plan.matmul_nt(vT_HC, phi_kT_PC)
-    o_ref[0, rows, :] = jnp.concatenate(outputs, axis=0).T
+        outputs.append((oT_HL + plan.matmul(vT_HC, scores_CL)).astype(dtype))
+        state_ref[head] = state_HP + plan.matmul_nt(vT_kept, phi_kT_PC)
+    o_ref[0, rows, :] = plan.stacked(outputs).T
 
 
 def _chunk_without_keys(plan, c, document, q_ref, ids_refs, o_ref, state_ref):
     dtype, rows = q_ref.dtype, slice(c * plan.chunk, (c + 1) * plan.chunk)
-    H = plan.head_dim
     qT = q_ref[0, rows, :].T
     outputs = []
-    for n in range(plan.kv_heads_per_step * plan.group):
-        phi_qT_PC = features(plan.feature_map, qT[n * H : (n + 1) * H].astype(jnp.float32)).astype(dtype)
-        old = plan.matmul(state_ref[n // plan.group].astype(dtype), phi_qT_PC)
+    for head in range(plan.kv_heads_per_step):
+        phi_qT_PL = features(plan.feature_map, plan.side_by_side(qT, head).astype(jnp.float32)).astype(dtype)
+        oT_HL = plan.matmul(state_ref[head].astype(dtype), phi_qT_PL)
         if ids_refs:
-            old = jnp.where(ids_refs[0][0, :, rows] == document, old, 0.0)
-        outputs.append(old.astype(dtype))
-    o_ref[0, rows, :] = jnp.concatenate(outputs, axis=0).T
+            oT_HL = jnp.where(jnp.tile(ids_refs[0][0, :, rows] == document, (1, plan.group)), oT_HL, 0.0)
+        outputs.append(oT_HL.astype(dtype))
+    o_ref[0, rows, :] = plan.stacked(outputs).T
 
 
 def forward_call(plan: Plan, documents, q, k, v, *rest, save_states: bool):
@@ -141,8 +138,10 @@ def forward_call(plan: Plan, documents, q, k, v, *rest, save_states: bool):
         ),
         out_shape=[jax.ShapeDtypeStruct(s, d, manual_axis_type=axes) for s, d in out_shapes],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=plan.vmem_limit_bytes,
         ),
+        cost_estimate=plan.cost(batch, q.dtype.itemsize, products=2, tensors=(2, 2)),
         interpret=plan.interpret,
         name="rla_forward",
     )(documents, q, k, v, *rest)
