@@ -1,5 +1,7 @@
 """The decoder: counts, baselines, packing, causality, scan, loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ from flax import nnx
 from rattn.config import load_config, set_mixer, validate
 from rattn.model.loss import cross_entropy_sum
 from rattn.model.parameters import flatten, initial_parameters, model_spec, parameter_count
-from rattn.model.transformer import Transformer
 
 
 def miniature(mixer="rattention", **changes):
@@ -31,8 +32,15 @@ def segments():
     return jnp.asarray([[1] * 5 + [2] * 7, [1] * 2 + [2] * 6 + [3] * 4], jnp.int32)
 
 
-def build(model, seed=0):
-    return Transformer(model, rngs=nnx.Rngs(params=seed))
+def build(model):
+    return model_spec(model).merge(initial_parameters(model, 0))
+
+
+def logits(model, tokens, segments=None, parameters=None):
+    """Logits of the model of a config, compiled, as NumPy."""
+    spec = model_spec(model)
+    parameters = initial_parameters(model, 0) if parameters is None else parameters
+    return np.asarray(jax.jit(lambda p, t, s: spec.merge(p)(t, s))(parameters, tokens, segments))
 
 
 @pytest.mark.parametrize(("recipe", "billions"), [("rattn_3b", 2.88), ("rattn_12b", 12.58)])
@@ -63,29 +71,30 @@ def test_baselines_differ_from_rattention_by_norm_scales_alone():
 def test_full_baseline_keeps_rope_where_local_layers_stood():
     model = miniature("full")
     assert model.pattern == ("full",) * 4
-    layers = build(model).blocks.layers
+    spec = model_spec(model)
+    layers = spec.merge(spec.shapes).blocks.layers
     assert [layer.mixer.rope_theta is not None for layer in layers] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("mixer", ["full", "swa", "rattention", "linear"])
 def test_documents_do_not_leak_through_the_model(mixer, tokens, segments):
     """Other tokens in document 2 of row 0 change its keys and values, and nothing outside of it."""
-    model = build(miniature(mixer))
-    before = np.asarray(model(tokens, segments))
+    spec, parameters = model_spec(miniature(mixer)), initial_parameters(miniature(mixer), 0)
+    model = jax.jit(lambda tokens: spec.merge(parameters)(tokens, segments))
+    before = np.asarray(model(tokens))
     changed = tokens.at[0, 5:9].set((tokens[0, 5:9] + 4) % 11)
-    after = np.asarray(model(changed, segments))
+    after = np.asarray(model(changed))
     np.testing.assert_array_equal(after[0, :5], before[0, :5])
     np.testing.assert_array_equal(after[1], before[1])
     assert np.abs(after[0, 5:] - before[0, 5:]).max() > 1e-3
     changed = tokens.at[0, :5].set((tokens[0, :5] + 4) % 11)
-    np.testing.assert_array_equal(np.asarray(model(changed, segments))[0, 5:], before[0, 5:])
+    np.testing.assert_array_equal(np.asarray(model(changed))[0, 5:], before[0, 5:])
 
 
 @pytest.mark.parametrize("mixer", ["full", "swa", "rattention", "linear"])
 def test_a_document_alone_gives_the_logits_it_has_in_a_packed_row(mixer, tokens, segments):
-    model = build(miniature(mixer))
-    packed = np.asarray(model(tokens, segments))[0, 5:]
-    alone = np.asarray(model(tokens[:1, 5:]))[0]
+    packed = logits(miniature(mixer), tokens, segments)[0, 5:]
+    alone = logits(miniature(mixer), tokens[:1, 5:])[0]
     np.testing.assert_allclose(packed, alone, atol=1e-5)
 
 
@@ -103,7 +112,7 @@ def test_the_past_has_gradients_and_the_future_has_none(mixer, tokens):
         return x_BTD[0, t].sum()
 
     x_BTD = jax.random.normal(jax.random.key(1), (1, 12, 16))
-    gradient = np.asarray(jax.grad(logit)(x_BTD, 6))[0]
+    gradient = np.asarray(jax.jit(jax.grad(logit), static_argnums=1)(x_BTD, 6))[0]
     np.testing.assert_array_equal(gradient[7:], 0)
     assert (np.abs(gradient[:7]).max(axis=-1) > 0).all()
 
@@ -111,39 +120,42 @@ def test_the_past_has_gradients_and_the_future_has_none(mixer, tokens):
 def test_rattention_with_a_window_over_the_row_is_swa_with_its_norm(tokens, segments):
     wide = miniature("rattention", window=12)
     parameters = initial_parameters(wide, 0)
-    rattention = model_spec(wide).merge(parameters)(tokens, segments)
+    rattention = logits(wide, tokens, segments, parameters)
     # The same weights, with the linear branch's contribution taken out by its scale.
     for layer in parameters["blocks"]["layers"].values():
         if "linear_norm" in layer["mixer"]:
             layer["mixer"]["linear_norm"]["scale"] = jnp.zeros_like(layer["mixer"]["linear_norm"]["scale"])
-    without = model_spec(wide).merge(parameters)(tokens, segments)
-    np.testing.assert_array_equal(np.asarray(rattention), np.asarray(without))
-    narrow = model_spec(miniature("rattention", window=3)).merge(parameters)(tokens, segments)
-    assert np.abs(np.asarray(narrow) - np.asarray(without)).max() > 1e-3
+    without = logits(wide, tokens, segments, parameters)
+    np.testing.assert_array_equal(rattention, without)
+    narrow = logits(miniature("rattention", window=3), tokens, segments, parameters)
+    assert np.abs(narrow - without).max() > 1e-3
 
 
 def test_linear_is_rattention_at_window_zero(tokens, segments):
     parameters = initial_parameters(miniature("rattention", window=0), 0)
-    at_zero = model_spec(miniature("rattention", window=0)).merge(parameters)(tokens, segments)
+    at_zero = logits(miniature("rattention", window=0), tokens, segments, parameters)
     for layer in parameters["blocks"]["layers"].values():
         layer["mixer"].pop("softmax_norm", None)
-    linear = model_spec(miniature("linear")).merge(parameters)(tokens, segments)
-    np.testing.assert_array_equal(np.asarray(at_zero), np.asarray(linear))
+    np.testing.assert_array_equal(at_zero, logits(miniature("linear"), tokens, segments, parameters))
 
 
 def test_scan_and_remainder_equal_layers_one_by_one(tokens, segments):
-    model = build(miniature(layers=10))
-    assert len(model.remainder) == 2
-    x_BTD = model.embedding_VD[...][tokens] * 16**0.5
-    graph, stacked = nnx.split(model.blocks)
-    for repeat in range(2):
-        for layer in nnx.merge(graph, jax.tree.map(lambda w: w[repeat], stacked)).layers:  # noqa: B023
+    spec, parameters = model_spec(miniature(layers=10)), initial_parameters(miniature(layers=10), 0)
+
+    def one_by_one(parameters):
+        model = spec.merge(parameters)
+        assert len(model.remainder) == 2
+        x_BTD = model.embedding_VD[...][tokens] * 16**0.5
+        graph, stacked = nnx.split(model.blocks)
+        for repeat in range(2):
+            for layer in nnx.merge(graph, jax.tree.map(lambda w: w[repeat], stacked)).layers:  # noqa: B023
+                x_BTD = layer(x_BTD, segments)
+        for layer in model.remainder:
             x_BTD = layer(x_BTD, segments)
-    for layer in model.remainder:
-        x_BTD = layer(x_BTD, segments)
-    np.testing.assert_allclose(
-        np.asarray(model.final_norm(x_BTD)), np.asarray(model.hidden(tokens, segments)), atol=1e-5
-    )
+        return model.logits(model.final_norm(x_BTD))
+
+    looped = np.asarray(jax.jit(one_by_one)(parameters))
+    np.testing.assert_allclose(looped, logits(miniature(layers=10), tokens, segments), atol=1e-5)
 
 
 def test_remat_changes_no_gradient(tokens, segments):
@@ -151,7 +163,7 @@ def test_remat_changes_no_gradient(tokens, segments):
 
     def gradient(remat):
         spec = model_spec(miniature(remat=remat))
-        return jax.grad(lambda p: jnp.square(spec.merge(p)(tokens, segments)).mean())(parameters)
+        return jax.jit(jax.grad(lambda p: jnp.square(spec.merge(p)(tokens, segments)).mean()))(parameters)
 
     kept, recomputed = gradient("none"), gradient("block")
     for path, leaf in flatten(kept).items():
@@ -162,19 +174,22 @@ def test_remat_changes_no_gradient(tokens, segments):
 def test_chunked_loss_equals_the_whole(tokens, segments, changes):
     model = build(miniature(**changes))
     targets, mask = jnp.roll(tokens, -1, axis=1), segments != 2
-    x_BTD = model.hidden(tokens, segments)
-    whole = cross_entropy_sum(model, x_BTD, targets, mask, z_loss=1e-2, chunk_tokens=0)
-    chunked = cross_entropy_sum(model, x_BTD, targets, mask, z_loss=1e-2, chunk_tokens=4)
+    x_BTD = jax.jit(model.hidden)(tokens, segments)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(x_BTD, chunk_tokens):
+        return cross_entropy_sum(model, x_BTD, targets, mask, z_loss=1e-2, chunk_tokens=chunk_tokens)
+
+    whole, chunked = loss(x_BTD, 0), loss(x_BTD, 4)
     np.testing.assert_allclose(np.asarray(chunked), np.asarray(whole), rtol=1e-5)
-    log_p = np.asarray(jax.nn.log_softmax(model(tokens, segments), axis=-1), np.float64)
+    log_p = np.asarray(jax.nn.log_softmax(logits(miniature(**changes), tokens, segments), axis=-1), np.float64)
     picked = np.take_along_axis(log_p, np.asarray(targets)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(np.asarray(whole[1]), -(picked * np.asarray(mask)).sum(), rtol=1e-5)
     assert whole[0] > whole[1]
 
 
 def test_soft_cap_bounds_the_logits(tokens):
-    logits = np.asarray(build(miniature(logits_soft_cap=0.5))(tokens))
-    assert 0.1 < np.abs(logits).max() <= 0.5
+    assert 0.1 < np.abs(logits(miniature(logits_soft_cap=0.5), tokens)).max() <= 0.5
 
 
 def test_features_follow_qk_norm_only_when_told_to(tokens):
@@ -188,7 +203,7 @@ def test_features_follow_qk_norm_only_when_told_to(tokens):
         for layer in clean["blocks"]["layers"].values():
             layer["mixer"].pop("softmax_norm", None)
             layer["mixer"].setdefault("linear_norm", {"scale": jnp.ones((1, 4, 4))})
-        return np.asarray(model_spec(model).merge(clean)(tokens))
+        return logits(model, tokens, parameters=clean)
 
     before_norm = linear_only()
     assert np.abs(before_norm - linear_only(feature_map_after_qk_norm=True)).max() > 1e-3
@@ -197,6 +212,6 @@ def test_features_follow_qk_norm_only_when_told_to(tokens):
 def test_bfloat16_compute_keeps_float32_weights_and_logits(tokens):
     model = build(miniature(compute_dtype="bfloat16"))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"float32"}
-    assert model.hidden(tokens).dtype == jnp.bfloat16
-    assert model(tokens).dtype == jnp.float32
-    assert np.isfinite(np.asarray(model(tokens))).all()
+    assert jax.eval_shape(model.hidden, tokens).dtype == jnp.bfloat16
+    assert jax.eval_shape(model, tokens).dtype == jnp.float32
+    assert np.isfinite(logits(miniature(compute_dtype="bfloat16"), tokens)).all()

@@ -55,11 +55,11 @@ def test_sizes_that_do_not_divide_get_a_sentence():
         Sharding(make_mesh(config.mesh)).parameters(spec.logical, spec.shapes)
     config = config_of(data=8)
     config.batch_size = 12
-    with pytest.raises(UserError, match="config.batch_size gives 12 rows at a time, which the 8 devices"):
+    with pytest.raises(UserError, match=r"config.batch_size gives 12 rows at a time, which the 8 devices"):
         Sharding(make_mesh(config.mesh)).check_batch(config)
     config = config_of(seq=8)
     config.context_length = 12
-    with pytest.raises(UserError, match="config.context_length is 12, which mesh axis 'seq' of 8 devices"):
+    with pytest.raises(UserError, match=r"config.context_length is 12, which mesh axis 'seq' of 8 devices"):
         Sharding(make_mesh(config.mesh)).check_batch(config)
 
 
