@@ -19,7 +19,7 @@ from kernels_pallas.residual_linear_attention.feature_map import feature_dim
 # Most of the suite's time is compilation, and LLVM's optimisations are half of that.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-CHUNK = 8  # of `chunked` in the tests (see conftest.py)
+CHUNK = 8  # of `chunked` and `pallas_tpu` in the tests (see conftest.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Implementation:
 
 IMPLEMENTATIONS = [
     pytest.param(Implementation("chunked", chunk=CHUNK, H=4), id="chunked"),
+    pytest.param(Implementation("pallas_tpu", chunk=CHUNK, H=4, check_vma=False), id="pallas_tpu"),
 ]
 
 
