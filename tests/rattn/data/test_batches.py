@@ -10,6 +10,7 @@ from rattn.data.batches import PERMUTED_ROWS, EvaluationBatches, TrainBatches, o
 from rattn.data.preparation import ensure_prepared
 from rattn.data.rows import read_rows, row_count
 from rattn.data.stream import Prepared
+from rattn.data.synthetic import SyntheticStream
 from rattn.data.vocabulary import train_sentencepiece
 from rattn.errors import UserError
 from tests.rattn.data.by_hand import build, data_config, joined, random_documents
@@ -193,6 +194,8 @@ def test_synthetic_data_needs_no_files_and_is_pure():
     ).any()
     tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
     assert 0 <= tokens.min() < tokens.max() < 259
+    streams = [SyntheticStream(0, split, data.vocabulary) for split in ("train", "validation")]
+    assert (streams[0].read([0], 4000)[0] != streams[1].read([0], 4000)[0]).any()
     ends = np.count_nonzero(tokens == 1)
     starts = sum(int((np.diff(batch["segment_ids"], axis=1) > 0).sum()) for batch in batches)
     assert abs(ends - starts) <= 12 * B  # every EOS ends a document; a row's last may be followed in the next row

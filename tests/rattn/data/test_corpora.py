@@ -75,7 +75,11 @@ def files(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_bytes("één\r\n".encode())
     (tmp_path / "sub" / "b.txt.gz").write_bytes(gzip.compress(b"zipped text"))
-    lines = [json.dumps({"text": "first\nline\u2028and more", "id": 1}), "", json.dumps({"text": "second"})]
+    lines = [
+        json.dumps({"text": "first\nline\u2028and more", "id": 1}, ensure_ascii=False),
+        "",
+        json.dumps({"text": "second"}),
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     (tmp_path / "sub" / "d.jsonl.gz").write_bytes(gzip.compress(lines[2].encode() + b"\n"))
     return tmp_path

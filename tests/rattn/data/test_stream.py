@@ -51,6 +51,13 @@ def test_slices_anywhere(folder):
     np.testing.assert_array_equal(read, [padded[offset : offset + 2500] for offset in offsets])
 
 
+def test_a_stream_that_fills_its_last_block(tmp_path):
+    documents = random_documents(3, [3 * BLOCK_TOKENS - 1])
+    (stream,) = Prepared(build(tmp_path / "full", {"one": (documents, [])})).streams("train")
+    assert stream.tokens == 3 * BLOCK_TOKENS
+    np.testing.assert_array_equal(stream.read([0], stream.tokens + 5)[0][0, :-5], joined(documents))
+
+
 def test_a_document_ends_with_exactly_one_eos_and_empty_ones_are_left_out(tmp_path):
     out = build(tmp_path / "eos", {"one": ([[5, EOS, EOS], [], [EOS], [6]], [])})
     (stream,) = Prepared(out).streams("train")

@@ -49,9 +49,9 @@ def test_sentencepiece_ids(model):
 
 
 def test_long_lines_take_part_in_training():
-    # SentencePiece drops sentences longer than its limit without a word; "zebra" occurs only in such a line.
-    text = "short\n" * 50 + "zebra " * 20_000
-    vocabulary_bytes = train_sentencepiece([text], 275)
+    # SentencePiece drops sentences longer than its limit without a word; "zebra" occurs only at the end of such a line.
+    text = "short\n" * 50 + "short " * 10_000 + "zebra " * 10_000
+    vocabulary_bytes = train_sentencepiece([text], 285)
     assert b"zebra" in vocabulary_bytes
 
 
