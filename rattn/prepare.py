@@ -191,7 +191,7 @@ def _vocabulary_texts(corpus: Corpus, validation_fraction: float) -> Iterator[st
 
 
 def _write_split(source: Any, split: str, writer: StreamWriter, origin: dict[str, Any]) -> dict[str, Any]:
-    progress = Progress(f"{source.name} {split}", origin.get("text_bytes", 0))
+    progress = _Progress(f"{source.name} {split}", origin.get("text_bytes", 0))
     for ids in source.documents(split):
         writer.add(ids)
         progress.show(writer)
@@ -200,7 +200,7 @@ def _write_split(source: Any, split: str, writer: StreamWriter, origin: dict[str
     return entry
 
 
-class Progress:
+class _Progress:
     """A line about the split being written, on stderr: rewritten in place on a terminal, else now and then."""
 
     def __init__(self, title: str, corpus_bytes: int):

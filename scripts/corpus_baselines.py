@@ -1,6 +1,6 @@
 """What a model has to beat: order-0 entropy and `xz -9`, in bits per byte, of a prepared corpus's own bytes.
 
-    python scripts/corpus_baselines.py --path data/state_of_the_union
+    python -m scripts.corpus_baselines --path data/state_of_the_union
 
 Both see the documents' text one after another, without separators; the entropy is that of the bytes' own frequencies.
 """

@@ -141,7 +141,7 @@ def unfinished_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
 
     It is `out`.unfinished beside `out` and is renamed, so a killed preparation leaves nothing that looks complete; the
     next one starts it afresh. A second preparation of the same `out` on the same machine waits for the first.
-    Where `out` is remote the folder is a local temporary one and is copied, the manifest last.
+    Where `out` is remote (not tried) the folder is a local temporary one and is copied, the manifest last.
 
     Raises:
       UserError: `out` already holds something.
