@@ -56,20 +56,29 @@ def keys_seen(model: ConfigDict, context_length: int) -> KeysSeen:
     return KeysSeen(float(positions.mean()), float(np.minimum(positions, model.window).mean()))
 
 
+def matrix_parameters(spec: ModelSpec) -> int:
+    """Weights of matrix products: all parameters but norm scales, embedding and unembedding."""
+    flat = flatten(spec.shapes)
+    return sum(leaf.size for path, leaf in flat.items() if not path.endswith("scale") and "embedding" not in path)
+
+
+def compute_itemsize(model: ConfigDict) -> int:
+    """Bytes of an activation."""
+    return 4 if model.compute_dtype == "float32" else 2
+
+
 def forward_flops_per_token(model: ConfigDict, spec: ModelSpec, keys: KeysSeen) -> dict[str, float]:
     """Model FLOPs of the forward pass by part.
 
     2 per weight of a matrix product (the embedding's look-up is none, the unembedding is one); softmax attention 4·N·H
     per key really seen; residual linear attention 2·P·H·(N + K). Nothing for recomputation or for work inside a chunk.
     """
-    flat = flatten(spec.shapes)
-    matrices = sum(leaf.size for path, leaf in flat.items() if not path.endswith("scale") and "embedding" not in path)
     kinds = layer_kinds(model)
     N, K, H = model.query_heads, model.kv_heads, model.head_dim
     softmax = kinds.count("full") * keys.full + (kinds.count("swa") + kinds.count("rattention")) * keys.window
     linear = kinds.count("linear") + kinds.count("rattention")
     return {
-        "matrices": 2.0 * matrices,
+        "matrices": 2.0 * matrix_parameters(spec),
         "unembedding": 2.0 * model.vocab_size * model.width,
         "softmax attention": 4.0 * N * H * softmax,
         "linear attention": 2.0 * feature_dim(model) * H * (N + K) * linear,
@@ -108,15 +117,21 @@ def memory_by_part(config: ConfigDict, spec: ModelSpec, optimizer_state: Any) ->
     return {"parameters": weights, "optimizer": state, "gradients": weights, "activations": _activation_bytes(config)}
 
 
+def layer_activations(model: ConfigDict) -> int:
+    """Elements that one layer makes for a token.
+
+    Two norms and two residual sums (4D), q, k, v before and after norm and RoPE, branch outputs and their norms, gate,
+    up and their product.
+    """
+    heads = model.query_heads + 2 * model.kv_heads
+    return 4 * model.width + (3 * heads + 4 * model.query_heads) * model.head_dim + 4 * model.mlp_width
+
+
 def _activation_bytes(config: ConfigDict) -> float:
     """What the backward pass keeps: residual streams at checkpoints, one block's insides, the logits at hand."""
     model = config.model
     tokens = config.batch_size * config.context_length / config.accumulation_steps
-    itemsize = np.dtype(np.float32).itemsize if model.compute_dtype == "float32" else 2
-    heads = model.query_heads + 2 * model.kv_heads
-    # Inside a layer: two norms and two residual sums (4D), q, k, v before and after norm and RoPE, branch outputs and
-    # their norms, gate, up and their product.
-    inside = 4 * model.width + 3 * heads * model.head_dim + 4 * model.query_heads * model.head_dim + 4 * model.mlp_width
+    itemsize, inside = compute_itemsize(model), layer_activations(model)
     if model.remat == "block":
         kept = model.width * model.layers / len(model.pattern) + inside * len(model.pattern)
     else:
