@@ -47,7 +47,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.logits_soft_cap = 0.0
     model.norm_epsilon = 1e-6
     model.compute_dtype = "float32"
-    # What the backward pass recomputes: "none", or "block" (each repeat of the pattern).
+    # What the backward pass recomputes: "none"; "block", each repeat of the pattern from its input; "save_attention",
+    # all of it but attention; "offload", as "block", with the inputs kept in the host's memory (TPU).
     model.remat = "none"
 
     config.loss = loss = ConfigDict()
@@ -103,8 +104,9 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.every_steps = 500
-    # 0 reads the whole validation split.
+    # Batches an evaluation reads, spread evenly over the validation split, and the last evaluation; 0 reads all of it.
     evaluation.max_batches = 0
+    evaluation.final_max_batches = 0
     evaluation.batch_size = 8
 
     config.log = log = ConfigDict()

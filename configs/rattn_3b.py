@@ -44,5 +44,5 @@ def get_config(arguments: str = "") -> ConfigDict:
     )
     config.mesh.fsdp = 256
     config.checkpoint.update(every_steps=1000, keep=3)
-    config.evaluation.update(every_steps=1000, max_batches=16, batch_size=1024)
+    config.evaluation.update(every_steps=1000, max_batches=16, final_max_batches=64, batch_size=1024)
     return set_mixer(config, args.mixer)

@@ -15,6 +15,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     args = parse_arguments(arguments, window=64, mixer="rattention")
     config = base.get_config()
     config.total_steps = 1000
+    config.batch_size = 4
     config.model.window = args.window
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and a live line for whoever watches."""
 
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -31,9 +32,10 @@ class MetricsWriter:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one line and flushes it."""
+        """Writes one line and flushes it; what is not finite becomes null, as JSON has no NaN."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from rattn import accounting, platform
 from rattn.checkpoint import Checkpoints, check_same_parameters, parameter_manifest
 from rattn.config import differences, run_main, to_json
-from rattn.data.batches import Data, open_data, prefetched
+from rattn.data.batches import Data, EvaluationBatches, open_data, prefetched
 from rattn.data.preparation import ensure_prepared
 from rattn.errors import UserError
 from rattn.metrics import MetricsWriter, Progress
@@ -52,8 +53,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
     sharding.check_batch(config)
     if jax.process_index() == 0:
         ensure_prepared(config.data)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("prepared")
     data = open_data(config.data, context_length=config.context_length, batch_size=config.batch_size, seed=config.seed)
     _check_vocabulary(config, data)
+    evaluation = {
+        last: data.evaluation_batches(max_batches=limit, batch_size=config.evaluation.batch_size)
+        for last, limit in ((False, config.evaluation.max_batches), (True, config.evaluation.final_max_batches))
+    }
 
     spec = model_spec(config.model, sharding.operators())
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
@@ -79,7 +86,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
             data.vocabulary.copy_to(workdir)
-        run = _Loop(config, workdir, sharding, data, spec, checkpoints, meta)
+        run = _Loop(config, workdir, sharding, data, evaluation, spec, checkpoints, meta)
         step_function = make_train_step(config, spec, optimizer, schedule)
         status = run.loop(step_function, state, shardings, first_step)
     finally:
@@ -97,12 +104,13 @@ class _Loop:
         workdir: epath.Path,
         sharding: Sharding,
         data: Data,
+        evaluation: dict[bool, EvaluationBatches],
         spec: ModelSpec,
         checkpoints: Checkpoints,
         meta: dict[str, Any],
     ):
-        self.config, self.workdir, self.sharding, self.data, self.spec = config, workdir, sharding, data, spec
-        self.checkpoints, self.meta = checkpoints, meta
+        self.config, self.workdir, self.sharding, self.spec = config, workdir, sharding, spec
+        self.data, self.evaluation, self.checkpoints, self.meta = data, evaluation, checkpoints, meta
         self.peak = accounting.peak_flops(jax.devices()[0])
         self.tokens_per_step = config.batch_size * config.context_length
 
@@ -112,42 +120,41 @@ class _Loop:
         self.writer = MetricsWriter(self.workdir, config.log, first_step) if jax.process_index() == 0 else None
         self.progress = Progress(total, first_step)
         self.saved_step = first_step
-        train_step = self._compile(step_function, state, shardings)
-        self.clock = _Clock(first_step)
         reading = {"read_threads": config.data.read_threads, "prefetch_batches": config.data.prefetch_batches}
         batches = prefetched(self.data.train, first_step, **reading)
         step, pending = first_step, None
-        with _stop_signal() as stop, jax.transfer_guard("disallow"):
-            try:
-                while step < total and not stop:
-                    self._profile(step)
-                    with self.clock.waiting():
-                        batch = self._to_devices(next(batches))
-                    state, metrics = train_step(state, batch)
-                    step += 1
-                    # Looked at only now, with the next step queued, so that the devices never wait for the host.
-                    if pending:
-                        self._look(*pending)
-                    pending = (step, metrics)
-                    evaluate = step == total or step % config.evaluation.every_steps == 0
-                    save = step == total or step % config.checkpoint.every_steps == 0
-                    if evaluate or save:
-                        self._look(*pending)
-                        pending = None
-                        with self.clock.paused():
-                            if evaluate:
-                                self._evaluate(step, state["parameters"])
-                            if save:
-                                self._save(step, state)
+        with _stop_signal() as stop, contextlib.ExitStack() as cleanup:
+            cleanup.callback(batches.close)
+            if self.writer:
+                cleanup.callback(self.writer.close)
+            train_step = self._compile(step_function, state, shardings)
+            self.clock = _Clock(first_step)
+            cleanup.enter_context(jax.transfer_guard("disallow"))
+            while step < total and not stop:
+                self._profile(step)
+                with self.clock.waiting():
+                    batch = self._to_devices(next(batches))
+                state, metrics = train_step(state, batch)
+                step += 1
+                # Looked at only now, with the next step queued, so that the devices never wait for the host.
                 if pending:
                     self._look(*pending)
-                if self.saved_step != step:
-                    self._save(step, state)
-                self.checkpoints.wait()
-            finally:
-                batches.close()
-                if self.writer:
-                    self.writer.close()
+                pending = (step, metrics)
+                evaluate = step == total or step % config.evaluation.every_steps == 0
+                save = step == total or step % config.checkpoint.every_steps == 0
+                if evaluate or save:
+                    self._look(*pending)
+                    pending = None
+                    with self.clock.paused():
+                        if evaluate:
+                            self._evaluate(step, state["parameters"])
+                        if save:
+                            self._save(step, state)
+            if pending:
+                self._look(*pending)
+            if self.saved_step != step:
+                self._save(step, state)
+            self.checkpoints.wait()
         return EXIT_COMPLETE if step == total else EXIT_RESTART
 
     def _compile(self, step_function: Any, state: Any, shardings: Any) -> Any:
@@ -205,11 +212,11 @@ class _Loop:
 
     def _evaluate(self, step: int, parameters: Any) -> None:
         """Writes `eval/loss` (nats a target) and `eval/bits_per_byte` of the validation rows."""
-        config = self.config
-        sums = []
-        size, limit = config.evaluation.batch_size, config.evaluation.max_batches
-        for batch in self.data.evaluation_batches(max_batches=limit, batch_size=size):
-            sums.append(self._eval_step(parameters, self._to_devices(batch), self._token_bytes))
+        batches = self.evaluation[step == self.config.total_steps]
+        sums = [
+            self._eval_step(parameters, self._to_devices(batches[index]), self._token_bytes)
+            for index in range(len(batches))
+        ]
         totals = {name: sum(float(entry[name]) for entry in jax.device_get(sums)) for name in sums[0]}
         values = {
             "eval/loss": totals["nats"] / totals["targets"],

@@ -19,6 +19,6 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.model.update(window=args.window, pattern=("rattention", "full"), rope_pattern=(True, False))
     config.optimizer.update(learning_rate=1e-2, warmup_steps=10)
     config.checkpoint.update(every_steps=10, keep=20)
-    config.evaluation.update(every_steps=50, max_batches=2)
+    config.evaluation.update(every_steps=50, max_batches=2, final_max_batches=2)
     config.log.every_steps = 1
     return set_mixer(config, args.mixer)
