@@ -22,7 +22,7 @@ CHOICES = {
     "model.activation": ("gelu", "silu"),
     "model.feature_map": FEATURE_MAPS,
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.remat": ("none", "block", "save_attention", "offload"),
     "optimizer.name": ("adamw", "rmsprop", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd"),
 }

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from rattn.attention import Attention, linear_attention_for, softmax_attention_for
 from rattn.errors import UserError
 from rattn.model.operators import Operators
 from rattn.model.parameters import flatten
+from rattn.sequence_parallel import linear_attention_over, softmax_attention_over
 
 AXES = ("data", "fsdp", "seq", "model")
 
@@ -20,12 +24,14 @@ AXES = ("data", "fsdp", "seq", "model")
 def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays devices out along `AXES` with Auto axis types.
 
+    On TPU the axes follow the chips' links, and slices, which a slower network joins, follow one another along `data`.
+
     Args:
       mesh: `config.mesh`, devices along each axis; at most one is -1 and takes what is left.
-      devices: defaults to all devices.
+      devices: defaults to all devices; those of a topology without a TPU do as well.
 
     Raises:
-      UserError: the axes do not use every device exactly once.
+      UserError: the axes do not use every device exactly once, or `data` cannot be split over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [mesh[axis] for axis in AXES]
@@ -37,7 +43,23 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"config.mesh is {wanted} and there are {len(devices)} devices; make the product equal to it.")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_lay_out(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay_out(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
+    """Returns the devices as an array of shape `sizes`."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise UserError(
+            f"config.mesh.data is {sizes[0]} and there are {slices} slices; make it a multiple, for slices are joined "
+            "along 'data' alone."
+        )
+    per_slice, over_slices = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
+    return mesh_utils.create_hybrid_device_mesh(per_slice, over_slices, devices, allow_split_physical_axes=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +169,51 @@ class Sharding:
             )
 
     def operators(self) -> Operators:
-        """What the model is handed so that its activations follow the rules."""
-        return Operators(constrain=self._constrain)
+        """What the model is handed: attention for the mesh's devices, and activations that follow the rules."""
+        platform = self.mesh.devices.flat[0].platform
+        return self.map_attention(softmax_attention_for(platform), linear_attention_for(platform))
+
+    def map_attention(self, softmax_attention: Attention, linear_attention: Attention) -> Operators:
+        """Makes operators of attention functions that know one device only."""
+        if self.mesh.size == 1:
+            return Operators(softmax_attention, linear_attention, self._constrain)
+        axis = self.rules.length
+        if axis and self.mesh.shape[axis] > 1:
+            softmax_attention = softmax_attention_over(axis, softmax_attention)
+            linear_attention = linear_attention_over(axis, linear_attention)
+        return Operators(self._mapped(softmax_attention), self._mapped(linear_attention), self._constrain)
+
+    def _mapped(self, attention: Attention) -> Attention:
+        """Runs `attention` on every device's own rows, heads and tokens: XLA cannot split a kernel by itself."""
+        heads, kv_heads = (self.rules.spec(("batch", "length", dim, "head_dim")) for dim in ("heads", "kv_heads"))
+        ids = self.rules.spec(("batch", "length"))
+
+        def mapped(
+            q_BTNH: jax.Array,
+            k_BTKH: jax.Array,
+            v_BTKH: jax.Array,
+            *,
+            q_segment_ids: jax.Array | None = None,
+            kv_segment_ids: jax.Array | None = None,
+            **static: Any,
+        ) -> jax.Array:
+            if kv_segment_ids is None:
+                q_segment_ids, kv_segment_ids = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q_BTNH, k_BTKH))
+
+            def local(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array, kv_ids: jax.Array) -> jax.Array:
+                return attention(q, k, v, q_segment_ids=q_ids, kv_segment_ids=kv_ids, **static)
+
+            # check_vma: a Pallas call does not say over which axes its result varies.
+            run = jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(heads, kv_heads, kv_heads, ids, ids),
+                out_specs=heads,
+                check_vma=False,
+            )
+            return run(q_BTNH, k_BTKH, v_BTKH, q_segment_ids, kv_segment_ids)
+
+        return mapped
 
     def _constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.named(*dims))

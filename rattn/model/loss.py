@@ -42,7 +42,8 @@ def cross_entropy_sum(
         return chunk_sum(x_BTD, targets_BT, loss_mask_BT)
 
     def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk_tokens, chunk_tokens, *x.shape[2:]), 1, 0)
+        # Chunk c takes every (T / chunk_tokens)-th token, so that tokens cut over devices stay where they are.
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk_tokens, T // chunk_tokens, *x.shape[2:]), 2, 0)
 
     totals = jax.lax.map(
         lambda xs: jax.checkpoint(chunk_sum)(*xs), (chunks(x_BTD), chunks(targets_BT), chunks(loss_mask_BT))

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from rattn.model.layers import RMSNorm, matrix_init, residual_gain, rope
 from rattn.model.operators import Operators
+from rattn.model.remat import ATTENTION_OUTPUT
 
 
 class Mixer(nnx.Module):
@@ -59,13 +61,14 @@ class Mixer(nnx.Module):
             if self.rope_theta is not None:
                 positions = jnp.arange(x_BTD.shape[1])
                 q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
-            o_BTNH = self._softmax(q, k, v_BTKH, segments)
+            o_BTNH = checkpoint_name(self._softmax(q, k, v_BTKH, segments), ATTENTION_OUTPUT)
             branches.append(self.softmax_norm(o_BTNH) if self.has_linear else o_BTNH)
         if self.has_linear:
             q, k = (q_normed, k_normed) if self.feature_map_after_qk_norm else (q_BTNH, k_BTKH)
             o_BTNH = self.operators.linear_attention(
                 q, k, v_BTKH, window=self.linear_window, feature_map=self.feature_map, **segments
             )
+            o_BTNH = checkpoint_name(o_BTNH, ATTENTION_OUTPUT)
             branches.append(self.linear_norm(o_BTNH))
         return jnp.einsum("btnh,nhd->btd", sum(branches[1:], branches[0]), self.out_NHD[...].astype(x_BTD.dtype))
 

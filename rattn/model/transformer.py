@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from rattn.model.layers import GatedMLP, RMSNorm, matrix_init
 from rattn.model.mixer import Mixer
 from rattn.model.operators import Operators
+from rattn.model.remat import rematerialised
 
 
 class Layer(nnx.Module):
@@ -89,11 +90,9 @@ class Transformer(nnx.Module):
         def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, weights)(x_BTD, segment_ids_BT), None
 
-        if self.remat == "block":
-            body = jax.checkpoint(body)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        x_BTD, _ = jax.lax.scan(rematerialised(body, self.remat, scanned=True), x_BTD, stacked)
         for layer in self.remainder:
-            x_BTD = layer(x_BTD, segment_ids_BT)
+            x_BTD = rematerialised(layer, self.remat, scanned=False)(x_BTD, segment_ids_BT)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

@@ -1,0 +1,72 @@
+"""Splash attention, interpreted, against the blockwise form; its mask against JAX's; which one a platform gets."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
+
+from rattn import attention
+from rattn.attention import linear_attention_for, softmax_attention_for, splash_attention
+from rattn.model.softmax_attention import blockwise_attention
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "window"),
+    [(300, 300, 70), (200, 456, 256), (200, 333, None)],
+    ids=["window", "window with a history", "full with a history"],
+)
+def test_splash_equals_blockwise(monkeypatch, T, S, window):
+    """Outputs and gradients; lengths that are no whole blocks, groups of heads, packed documents, a hidden one."""
+    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, T, 4, 16), (2, S, 2, 16), (2, S, 2, 16), (2, T, 4, 16)]
+    q, k, v, probe = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    ids = np.stack([np.arange(S) // 77, np.arange(S) // 130]).astype(np.int32)
+    ids[:, : (S - T) // 2] = np.iinfo(np.int32).min
+
+    def run(function):
+        def weighed(q, k, v):
+            o = function(q, k, v, window=window, kv_segment_ids=jnp.asarray(ids))
+            return (o * probe).sum(), o
+
+        gradients, o = jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(q, k, v)
+        return [*gradients, o]
+
+    got, wanted = run(functools.partial(splash_attention, interpret=True)), run(blockwise_attention)
+    for name, a, b in zip(("q", "k", "v", "o"), got, wanted, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("is_dkv", [False, True])
+@pytest.mark.parametrize(("window", "offset"), [(700, 1024), (1, 0), (256, 256), (3072, 1024)])
+def test_the_band_gives_splash_what_its_own_mask_gives(window, offset, is_dkv):
+    lengths, blocks = (2048, 2048 + offset), (512, 256)
+    band = attention._BandMask(lengths, offset, window)
+    local = splash_mask.LocalMask(lengths, (window - 1, 0), offset)
+    (got, function), (wanted, wanted_function) = (
+        splash_mask_info._process_mask(splash_mask.MultiHeadMask([mask] * 2), blocks, is_dkv) for mask in (band, local)
+    )
+    for name in wanted._fields:
+        np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
+    queries, keys = np.arange(300, 420)[:, None], np.arange(offset, offset + 500)[None, :]
+    np.testing.assert_array_equal(function(queries, keys), wanted_function(queries, keys))
+
+
+def test_the_band_of_a_long_row_is_made_at_once():
+    """JAX's LocalMask takes minutes here."""
+    mask = splash_mask.MultiHeadMask([attention._BandMask((131_072, 131_072), 0, 512)])
+    started = time.monotonic()
+    splash_mask_info._process_mask(mask, (512, 512), False)
+    assert time.monotonic() - started < 20
+
+
+def test_platforms_choose():
+    assert softmax_attention_for("tpu") is splash_attention
+    assert softmax_attention_for("cpu") is blockwise_attention
+    assert linear_attention_for("tpu").keywords == {"implementation": "pallas_tpu"}
