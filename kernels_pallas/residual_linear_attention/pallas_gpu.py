@@ -14,10 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.residual_linear_attention import pallas_gpu_hopper as hopper
+from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_backward as hopper_backward
+from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_forward as hopper_forward
 from kernels_pallas.residual_linear_attention import tuning_gpu
 from kernels_pallas.residual_linear_attention.pallas_gpu_common import Plan
 from kernels_pallas.residual_linear_attention.pallas_gpu_outputs import dkv_call, dq_call, outputs_call
-from kernels_pallas.residual_linear_attention.pallas_gpu_states import states_call
+from kernels_pallas.residual_linear_attention.pallas_gpu_states import scan_call, sums_call
 
 
 def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state, *, window, feature_map):
@@ -28,6 +31,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if H < 16 or H & (H - 1):
         raise ValueError(f"q_BTNH has head dim {H}: 'pallas_gpu' needs a power of two >= 16; use 'chunked'.")
+    on_hopper = _has_hopper() and hopper.fits(str(q_BTNH.dtype), T, S, H, window, feature_map)
     plan = Plan(
         batch=B,
         query_len=T,
@@ -37,60 +41,88 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
         head_dim=H,
         window=min(window, S),
         feature_map=feature_map,
-        blocks=tuning_gpu.blocks(str(q_BTNH.dtype), H),
+        blocks=hopper.BLOCKS if on_hopper else tuning_gpu.blocks(str(q_BTNH.dtype), H),
         has_ids=q_segment_ids is not None,
+        hopper=on_hopper,
     )
-    rows = [x.reshape(-1, H) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    ids = [x.reshape(-1) for x in (q_segment_ids, kv_segment_ids)] if plan.has_ids else []
+    ids = [q_segment_ids, kv_segment_ids] if plan.has_ids else []
     documents = plan.documents(kv_segment_ids)
     if initial_state is None:
-        initial = _zero_state(plan, rows[1])
-    else:
-        initial = initial_state.reshape(-1, *plan.state_shape[2:])
-    o, last = _kernels(plan, documents, *rows, ids, initial)
+        initial_state = _varying_like(k_BSKH, jnp.zeros((B, K, plan.halves * H, H), jnp.float32))
+    initial = initial_state.reshape(-1, *plan.state_shape[2:])
+    places = hopper.places(plan, documents, q_segment_ids, kv_segment_ids) if on_hopper else None
+    o, last = _kernels(plan, (documents, ids, places), q_BTNH, k_BSKH, v_BSKH, initial)
     state_BKPH = last.reshape(B, K, plan.halves * H, H)
     if plan.has_ids:
         same_B = documents[:, -1] == kv_segment_ids[:, -1]
         state_BKPH = jnp.where(same_B[:, None, None, None], state_BKPH, 0.0)
-    return o.reshape(q_BTNH.shape), state_BKPH
+    return o, state_BKPH
 
 
-def _zero_state(plan, like):
-    """A zero state that varies over the same mesh axes as `like`."""
-    zero = jnp.zeros((plan.state_shape[0], *plan.state_shape[2:]), jnp.float32)
+def _has_hopper() -> bool:
+    """Returns whether this process computes on a Hopper GPU."""
+    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
+
+
+def _varying_like(like, x):
+    """Makes x vary over the mesh axes that `like` varies over under `shard_map`."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    return jax.lax.pcast(zero, axes, to="varying") if axes else zero
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kernels(plan, documents, q, k, v, ids, initial):
-    """Returns (o, rows as q; the last state, float32 [B·K, halves, H, H])."""
-    return _kernels_forward(plan, documents, q, k, v, ids, initial)[0]
+def _kernels(plan, where, q, k, v, initial):
+    """Returns (o as q; the last state, float32 [B·K, halves, H, H])."""
+    return _kernels_forward(plan, where, q, k, v, initial)[0]
 
 
-def _kernels_forward(plan, documents, q, k, v, ids, initial):
-    def run(plan, documents, q, k, v, ids, initial):
-        states, last = states_call(plan, documents, k, v, ids[1:], initial, of_queries=False)
-        return outputs_call(plan, documents, q, k, v, ids, states), last, states
-
-    o, last, states = _on_platform(plan, run, documents, q, k, v, ids, initial)
-    return (o, last), (documents, q, k, v, ids, states)
+def _kernels_forward(plan, where, q, k, v, initial):
+    o, last, states = _on_platform(plan, _run_forward, where, q, k, v, initial)
+    return (o, last), (where, q, k, v, states)
 
 
 def _kernels_backward(plan, residuals, cotangents):
-    def run(plan, documents, q, k, v, ids, states, do, dlast):
-        dq = dq_call(plan, documents, q, k, v, do, ids, states)
-        dstates, dinitial = states_call(plan, documents, q, do, ids[:1], dlast, of_queries=True)
-        return dq, *dkv_call(plan, documents, q, k, v, do, ids, dstates), dinitial
-
-    dq, dk, dv, dinitial = _on_platform(plan, run, *residuals, *cotangents)
-    return None, dq, dk, dv, [None] * len(residuals[4]), dinitial
+    dq, dk, dv, dinitial = _on_platform(plan, _run_backward, *residuals, *cotangents)
+    return None, dq, dk, dv, dinitial
 
 
 _kernels.defvjp(_kernels_forward, _kernels_backward)
 
 
+def _run_forward(plan, where, q, k, v, initial):
+    documents, ids, places = where
+    if plan.hopper:
+        sums = hopper_forward.sums_call(plan, k, v, places[1], of_queries=False)
+        states, last = scan_call(plan, documents, sums, initial, reverse=False)
+        return hopper_forward.outputs_call(plan, q, k, v, places, states), last, states
+    shape = q.shape
+    q, k, v, *ids = _as_rows(plan, q, k, v, *ids)
+    sums = sums_call(plan, documents, k, v, ids[1:], of_queries=False)
+    states, last = scan_call(plan, documents, sums, initial, reverse=False)
+    return outputs_call(plan, documents, q, k, v, ids, states).reshape(shape), last, states
+
+
+def _run_backward(plan, where, q, k, v, states, do, dlast):
+    documents, ids, places = where
+    if plan.hopper:
+        dq = hopper_backward.dq_call(plan, q, k, v, do, places, states)
+        sums = hopper_forward.sums_call(plan, q, do, places[0], of_queries=True)
+        dstates, dinitial = scan_call(plan, documents, sums, dlast, reverse=True)
+        return dq, *hopper_backward.dkv_call(plan, q, k, v, do, places, dstates), dinitial
+    shapes = q.shape, k.shape
+    q, k, v, do, *ids = _as_rows(plan, q, k, v, do, *ids)
+    dq = dq_call(plan, documents, q, k, v, do, ids, states)
+    sums = sums_call(plan, documents, q, do, ids[:1], of_queries=True)
+    dstates, dinitial = scan_call(plan, documents, sums, dlast, reverse=True)
+    dk, dv = dkv_call(plan, documents, q, k, v, do, ids, dstates)
+    return dq.reshape(shapes[0]), dk.reshape(shapes[1]), dv.reshape(shapes[1]), dinitial
+
+
+def _as_rows(plan, *arrays):
+    return [x.reshape(-1) if x.ndim == 2 else x.reshape(-1, plan.head_dim) for x in arrays]
+
+
 def _on_platform(plan, run, *arguments):
     """Runs the kernels compiled, or interpreted where the program is lowered for a CPU."""
-    interpreted = functools.partial(run, dataclasses.replace(plan, interpret=True))
+    interpreted = functools.partial(run, dataclasses.replace(plan, hopper=False, interpret=True))
     return jax.lax.platform_dependent(*arguments, cpu=interpreted, default=functools.partial(run, plan))

@@ -5,6 +5,7 @@ its halves, softmax(x) and softmax(-x), each over H dims, and a state as [halves
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,11 @@ from kernels_pallas.residual_linear_attention.tuning_gpu import Blocks
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one call is cut. A chunk c is C positions of queries, t = (c - past_chunks)·C …, and of delayed keys, t + lag."""
+    """How one call is cut.
+
+    Chunk c is C positions of queries, t = (c - past_chunks)·C …, and of the keys t + lag, delayed by the window. A tile
+    is the queries of a chunk in several heads of a group, one head after the other.
+    """
 
     batch: int
     query_len: int
@@ -27,6 +32,7 @@ class Plan:
     feature_map: str
     blocks: Blocks
     has_ids: bool
+    hopper: bool = False
     interpret: bool = False
 
     @property
@@ -93,10 +99,15 @@ class Plan:
             return jnp.zeros((self.batch, len(positions)), jnp.int32)
         return kv_ids_BS[:, jnp.array(positions)]
 
-    def query_rows(self, batch, chunk, head):
-        """Returns (rows [C] in [B·T·N, H], which of them exist)."""
-        t = (chunk - self.past_chunks) * self.chunk + jnp.arange(self.chunk)
-        return (batch * self.query_len + t) * self.heads + head, (t >= 0) & (t < self.query_len)
+    def tile_heads(self, most: int) -> int:
+        """Returns the heads of a tile: at most `most`, and a divisor of the group."""
+        return math.gcd(most, self.group)
+
+    def query_rows(self, batch, chunk, first_head, heads):
+        """Returns (rows [heads·C] in [B·T·N, H], which of them exist) of a tile."""
+        head, offset = divmod_power_of_two(jnp.arange(heads * self.chunk), self.chunk)
+        t = (chunk - self.past_chunks) * self.chunk + offset
+        return (batch * self.query_len + t) * self.heads + first_head + head, (t >= 0) & (t < self.query_len)
 
     def key_rows(self, batch, chunk, head):
         """Returns (rows [C] in [B·S·K, H], which of them exist and are read by a query)."""
@@ -107,9 +118,10 @@ class Plan:
         """Returns the positions [C] of a chunk's keys."""
         return (chunk - self.past_chunks) * self.chunk + self.lag + jnp.arange(self.chunk)
 
-    def query_ids(self, ids_ref, batch, chunk):
-        """Returns the documents [C] of a chunk's queries."""
-        t = (chunk - self.past_chunks) * self.chunk + jnp.arange(self.chunk)
+    def query_ids(self, ids_ref, batch, chunk, heads):
+        """Returns the documents [heads·C] of a tile's queries."""
+        _, offset = divmod_power_of_two(jnp.arange(heads * self.chunk), self.chunk)
+        t = (chunk - self.past_chunks) * self.chunk + offset
         return ids_ref[batch * self.query_len + jnp.clip(t, 0, self.query_len - 1)]
 
     def key_ids(self, ids_ref, batch, chunk):
@@ -146,21 +158,40 @@ def _index(ref, rows, valid, columns):
     return index, jnp.broadcast_to(valid[:, None], shape)
 
 
-def half_features(feature_map: str, x_CH: jax.Array, sign) -> jax.Array:
+def divmod_power_of_two(x, divisor):
+    """Returns (x // divisor, x % divisor) for x >= 0, without the sign's cases."""
+    return x >> (divisor.bit_length() - 1), x & (divisor - 1)
+
+
+def half_features(plan: Plan, x_CH: jax.Array, sign) -> jax.Array:
     """Returns one half of φ(x), float32 [C, H], for float32 x."""
-    if feature_map == "identity":
+    if plan.feature_map == "identity":
         return x_CH
-    x_CH = x_CH * sign
-    if feature_map == "relu":
-        return jnp.maximum(x_CH, 0.0)
-    numerator = jnp.exp(x_CH - jnp.max(x_CH, axis=1, keepdims=True))
+    if plan.feature_map == "relu":
+        return jnp.maximum(x_CH * sign, 0.0)
+    x_CH = x_CH * (sign * math.log2(math.e))
+    numerator = _exp2(plan, x_CH - jnp.max(x_CH, axis=1, keepdims=True))
     return numerator * (1.0 / jnp.sum(numerator, axis=1, keepdims=True))
 
 
-def half_features_vjp(feature_map: str, phi_CH: jax.Array, dphi_CH: jax.Array, sign) -> jax.Array:
+def half_features_vjp(plan: Plan, phi_CH: jax.Array, dphi_CH: jax.Array, sign) -> jax.Array:
     """Returns what one half of φ adds to the gradient of x, float32 [C, H]."""
-    if feature_map == "identity":
+    if plan.feature_map == "identity":
         return dphi_CH
-    if feature_map == "relu":
+    if plan.feature_map == "relu":
         return sign * jnp.where(phi_CH > 0.0, dphi_CH, 0.0)
     return sign * phi_CH * (dphi_CH - jnp.sum(phi_CH * dphi_CH, axis=1, keepdims=True))
+
+
+def _exp2(plan, x):
+    """2ˣ by the GPU's own instruction, within 2 units in the last place; the library's adds a path for denormals."""
+    if plan.interpret:
+        return jnp.exp2(x)
+    (y,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return y

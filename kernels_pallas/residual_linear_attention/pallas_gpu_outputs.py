@@ -9,6 +9,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.residual_linear_attention.pallas_gpu_common import (
     Plan,
+    divmod_power_of_two,
     half_features,
     half_features_vjp,
     load_rows,
@@ -47,25 +48,31 @@ def _call(plan, kernel, chunks, warps_and_stages, like, *arguments):
 class _Place:
     """What all three kernels know of the chunk that a program works on."""
 
-    def __init__(self, plan, c, ids_refs):
+    def __init__(self, plan, c, ids_refs, most_heads):
         bk = pl.program_id(1)
         self.plan, self.c, self.bk = plan, c, bk
         self.batch, self.kv_head = bk // plan.kv_heads, bk % plan.kv_heads
         self.key_rows = plan.key_rows(self.batch, c, self.kv_head)
-        position = jnp.arange(plan.chunk)
-        self.mask = position[:, None] >= position[None, :]  # of the keys (columns) that the queries (rows) read
+        self.heads = plan.tile_heads(most_heads)
+        _, position = divmod_power_of_two(jnp.arange(self.heads * plan.chunk), plan.chunk)
+        self.mask = position[:, None] >= jnp.arange(plan.chunk)[None, :]  # of the keys that a tile's queries read
         if plan.has_ids:
-            self.q_ids = plan.query_ids(ids_refs[0], self.batch, c)
+            self.q_ids = plan.query_ids(ids_refs[0], self.batch, c, self.heads)
             self.kv_ids = plan.key_ids(ids_refs[1], self.batch, c)
             self.mask = self.mask & (self.q_ids[:, None] == self.kv_ids[None, :])
 
-    def query_rows(self, g):
-        """Returns the rows of the group's query head g, and which of them exist."""
-        return self.plan.query_rows(self.batch, self.c, self.kv_head * self.plan.group + g)
+    def loop(self, body, carry):
+        """Runs body(rows of a tile and which of them exist, carry) over the group's tiles."""
+
+        def tile(i, carry):
+            first_head = self.kv_head * self.plan.group + i * self.heads
+            return body(self.plan.query_rows(self.batch, self.c, first_head, self.heads), carry)
+
+        return jax.lax.fori_loop(0, self.plan.group // self.heads, tile, carry)
 
     def features(self, x_CH):
         """Returns the halves of φ(x), rounded to x's dtype."""
-        halves = (half_features(self.plan.feature_map, x_CH.astype(jnp.float32), sign) for sign in self.plan.signs)
+        halves = (half_features(self.plan, x_CH.astype(jnp.float32), sign) for sign in self.plan.signs)
         return [phi_CH.astype(x_CH.dtype) for phi_CH in halves]
 
     def load_blocks(self, ref, rows):
@@ -86,13 +93,12 @@ class _Place:
 
 def _outputs_kernel(plan, documents_ref, q_ref, k_ref, v_ref, *refs):
     *ids_refs, states_ref, o_ref = refs
-    here = _Place(plan, pl.program_id(0) + plan.past_chunks, ids_refs)
+    here = _Place(plan, pl.program_id(0) + plan.past_chunks, ids_refs, plan.blocks.outputs_heads)
     phi_k = here.features(load_rows(k_ref, *here.key_rows))
     v_blocks = here.load_blocks(v_ref, here.key_rows)
     state = here.state_loader(states_ref)
 
-    def head(g, _):
-        rows = here.query_rows(g)
+    def tile(rows, _):
         phi_q = here.features(load_rows(q_ref, *rows))
         scores = sum(plan.dot(a, b, 1, 1) for a, b in zip(phi_q, phi_k, strict=True))
         scores = jnp.where(here.mask, scores, 0.0).astype(q_ref.dtype)
@@ -102,18 +108,17 @@ def _outputs_kernel(plan, documents_ref, q_ref, k_ref, v_ref, *refs):
                 o_CV = jnp.where((here.q_ids == documents_ref[here.batch, here.c])[:, None], o_CV, 0.0)
             store_rows(o_ref, *rows, o_CV + plan.dot(scores, v_blocks[block]), columns)
 
-    jax.lax.fori_loop(0, plan.group, head, None)
+    here.loop(tile, None)
 
 
 def _dq_kernel(plan, documents_ref, q_ref, k_ref, v_ref, do_ref, *refs):
     *ids_refs, states_ref, dq_ref = refs
-    here = _Place(plan, pl.program_id(0) + plan.past_chunks, ids_refs)
+    here = _Place(plan, pl.program_id(0) + plan.past_chunks, ids_refs, plan.blocks.dq_heads)
     phi_k = here.features(load_rows(k_ref, *here.key_rows))
     v_blocks = here.load_blocks(v_ref, here.key_rows)
     state = here.state_loader(states_ref)
 
-    def head(g, _):
-        rows = here.query_rows(g)
+    def tile(rows, _):
         q_CH = load_rows(q_ref, *rows).astype(jnp.float32)
         do_blocks = here.load_blocks(do_ref, rows)
         dscores = sum(plan.dot(a, b, 1, 1) for a, b in zip(do_blocks, v_blocks, strict=True))
@@ -124,16 +129,16 @@ def _dq_kernel(plan, documents_ref, q_ref, k_ref, v_ref, do_ref, *refs):
             if plan.has_ids:
                 dphi_CH = jnp.where((here.q_ids == documents_ref[here.batch, here.c])[:, None], dphi_CH, 0.0)
             dphi_CH += plan.dot(dscores, phi_k[half])
-            phi_CH = half_features(plan.feature_map, q_CH, sign)
-            dq_CH += half_features_vjp(plan.feature_map, phi_CH, dphi_CH, sign)
+            phi_CH = half_features(plan, q_CH, sign)
+            dq_CH += half_features_vjp(plan, phi_CH, dphi_CH, sign)
         store_rows(dq_ref, *rows, dq_CH)
 
-    jax.lax.fori_loop(0, plan.group, head, None)
+    here.loop(tile, None)
 
 
 def _dkv_kernel(plan, documents_ref, q_ref, k_ref, v_ref, do_ref, *refs):
     *ids_refs, dstates_ref, dk_ref, dv_ref = refs
-    here = _Place(plan, pl.program_id(0), ids_refs)  # program ids cannot be read inside `when`
+    here = _Place(plan, pl.program_id(0), ids_refs, plan.blocks.dkv_heads)  # program ids cannot be read inside `when`
 
     @pl.when(here.c < plan.chunks)
     def _():
@@ -160,9 +165,8 @@ def _dkv_chunk(plan, here, documents_ref, q_ref, k_ref, v_ref, do_ref, dstates_r
         joins = (here.kv_ids == documents_ref[here.batch, here.c + 1])[:, None]
         dphi_k, dv_blocks = ([jnp.where(joins, x, 0.0) for x in xs] for xs in (dphi_k, dv_blocks))
 
-    def head(g, carry):
+    def tile(rows, carry):
         dphi_k, dv_blocks = carry
-        rows = here.query_rows(g)
         phi_q = here.features(load_rows(q_ref, *rows))
         do_blocks = here.load_blocks(do_ref, rows)
         scores = sum(plan.dot(a, b, 1, 1) for a, b in zip(phi_k, phi_q, strict=True))
@@ -173,11 +177,11 @@ def _dkv_chunk(plan, here, documents_ref, q_ref, k_ref, v_ref, do_ref, dstates_r
         dv_blocks = [a + plan.dot(scores, b) for a, b in zip(dv_blocks, do_blocks, strict=True)]
         return dphi_k, dv_blocks
 
-    dphi_k, dv_blocks = jax.lax.fori_loop(0, plan.group, head, (dphi_k, dv_blocks))
+    dphi_k, dv_blocks = here.loop(tile, (dphi_k, dv_blocks))
     dk_CH = jnp.zeros(k_CH.shape, jnp.float32)
     for half, sign in enumerate(plan.signs):
-        phi_CH = half_features(plan.feature_map, k_CH.astype(jnp.float32), sign)
-        dk_CH += half_features_vjp(plan.feature_map, phi_CH, dphi_k[half], sign)
+        phi_CH = half_features(plan, k_CH.astype(jnp.float32), sign)
+        dk_CH += half_features_vjp(plan, phi_CH, dphi_k[half], sign)
     rows, exists = _existing_keys(plan, here)
     read = here.key_rows[1][:, None]
     store_rows(dk_ref, rows, exists, jnp.where(read, dk_CH, 0.0))

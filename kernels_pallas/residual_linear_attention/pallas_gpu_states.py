@@ -18,17 +18,11 @@ SCAN_BLOCK = 512  # elements of a state that one program of the scan carries
 SCAN_AHEAD = 8  # chunks whose sums are loaded together
 
 
-def states_call(plan: Plan, documents, x, y, ids, edge, *, of_queries: bool):
-    """Returns (states in x's dtype, the state that leaves the last chunk in float32 [B·K, halves, H, H]).
+def sums_call(plan: Plan, documents, x, y, ids, *, of_queries: bool):
+    """Returns the sums φ(x)ᵀ y of all chunks, `state_shape` in x's dtype.
 
-    With `of_queries`, x and y are q and do, rows of all heads, and the scan runs from the last chunk to the first;
-    otherwise they are k and v. `ids` holds theirs, if the plan has them; `edge` is the state that enters the first chunk of the scan.
+    With `of_queries`, x and y are q and do, rows of all heads, otherwise k and v; `ids` holds theirs, if there are any.
     """
-    sums = _sums_call(plan, documents, x, y, ids, of_queries)
-    return _scan_call(plan, documents, sums, edge, reverse=of_queries)
-
-
-def _sums_call(plan, documents, x, y, ids, of_queries):
     warps, stages = plan.blocks.sums
     columns = len(plan.column_blocks)
     return pl.pallas_call(
@@ -49,28 +43,33 @@ def _sums_kernel(plan, of_queries, documents_ref, x_ref, y_ref, *refs):
     c, bk = pl.program_id(1), pl.program_id(2)
     batch, kv_head = bk // plan.kv_heads, bk % plan.kv_heads
     sign = (1 - 2 * half).astype(jnp.float32)
+    tile_heads = plan.tile_heads(plan.blocks.sums_heads)
     if plan.has_ids:
         # A query reads the state that enters its chunk, a key joins the state that leaves it.
         document = documents_ref[batch, c + (0 if of_queries else 1)]
-        ids_of = plan.query_ids if of_queries else plan.key_ids
-        same = ids_of(ids_refs[0], batch, c) == document
+        place = (ids_refs[0], batch, c)
+        same = (plan.query_ids(*place, tile_heads) if of_queries else plan.key_ids(*place)) == document
 
-    def head(g, sum_HV):
+    def tile(i, sum_HV):
         if of_queries:
-            rows, valid = plan.query_rows(batch, c, kv_head * plan.group + g)
+            rows, valid = plan.query_rows(batch, c, kv_head * plan.group + i * tile_heads, tile_heads)
         else:
             rows, valid = plan.key_rows(batch, c, kv_head)
         x_CH = load_rows(x_ref, rows, valid)
         y_CV = load_rows(y_ref, rows, valid & same if plan.has_ids else valid, (column, width))
-        phi_CH = half_features(plan.feature_map, x_CH.astype(jnp.float32), sign).astype(x_CH.dtype)
+        phi_CH = half_features(plan, x_CH.astype(jnp.float32), sign).astype(x_CH.dtype)
         return sum_HV + plan.dot(phi_CH, y_CV, 0, 0)
 
     zero_HV = jnp.zeros((H, width), jnp.float32)
-    sum_HV = jax.lax.fori_loop(0, plan.group, head, zero_HV) if of_queries else head(0, zero_HV)
+    sum_HV = jax.lax.fori_loop(0, plan.group // tile_heads, tile, zero_HV) if of_queries else tile(0, zero_HV)
     sums_ref[bk, c, half, :, pl.ds(column, width)] = sum_HV.astype(sums_ref.dtype)
 
 
-def _scan_call(plan, documents, sums, edge, *, reverse):
+def scan_call(plan: Plan, documents, sums, edge, *, reverse: bool):
+    """Returns (the states that enter all chunks, in the sums' dtype; the one that leaves the last, in float32).
+
+    `edge`, float32 [B·K, halves, H, H], enters the first chunk. With `reverse` the first chunk is the last in time.
+    """
     state_size = math.prod(plan.state_shape[2:])
     size = min(SCAN_BLOCK, state_size)
     flat = (*plan.state_shape[:2], state_size)
