@@ -27,8 +27,8 @@ $(VENV)/installed: requirements.lock setup.cfg
 	@test -n "$(BASE_PYTHON)" || { echo "rattn needs Python 3.12 or newer and found none on the PATH; install one and type the command again."; exit 1; }
 	@echo "Installing requirements.lock into $(VENV), about three minutes."
 	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-deps -r requirements.lock
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PY) -m pip install -qq --no-deps -r requirements.lock
+	$(PY) -m pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 clean:

@@ -23,7 +23,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int):
         """Opens `folder`, which is made at the first save."""
-        self.folder = epath.Path(folder)
+        self.folder = epath.Path(folder).resolve()  # Orbax wants absolute paths.
         # Asked before Orbax opens the folder, for it clears them in the background.
         self.unfinished_steps = sorted(
             int(path.name.partition(".")[0]) for path in self.folder.glob("*.orbax-checkpoint-tmp*")

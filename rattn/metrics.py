@@ -1,9 +1,11 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and a live line for whoever watches."""
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -93,3 +95,33 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+class Clock:
+    """Seconds a step, and the share of them spent waiting for data, since the last lap."""
+
+    def __init__(self, first_step: int):
+        self._lap_step, self._lap_at = first_step, time.monotonic()
+        self._waited = self._paused = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training."""
+        started = time.monotonic()
+        yield
+        self._paused += time.monotonic() - started
+
+    def lap(self, step: int) -> tuple[float, float]:
+        """Returns (seconds a step, share waited) since the last lap and starts another."""
+        now = time.monotonic()
+        seconds = max(now - self._lap_at - self._paused, 1e-9)
+        steps, share = step - self._lap_step, self._waited / seconds
+        self._lap_step, self._lap_at, self._waited, self._paused = step, now, 0.0, 0.0
+        return seconds / steps, min(share, 1.0)

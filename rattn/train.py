@@ -8,10 +8,8 @@ import contextlib
 import functools
 import json
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from rattn import accounting, platform
+from rattn import accounting, multihost, platform
 from rattn.checkpoint import Checkpoints, check_same_parameters, parameter_manifest
 from rattn.config import differences, run_main, to_json
 from rattn.data.batches import Data, EvaluationBatches, open_data, prefetched
 from rattn.data.preparation import ensure_prepared
 from rattn.errors import UserError
-from rattn.metrics import MetricsWriter, Progress
+from rattn.metrics import Clock, MetricsWriter, Progress
 from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.sharding import Sharding, make_mesh
@@ -47,15 +44,20 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
       workdir: local or `gs://` folder of logs and checkpoints; a run found there is continued.
       command: what the user typed, to say how to continue.
     """
-    platform.configure()
     workdir = epath.Path(workdir)
     sharding = Sharding(make_mesh(config.mesh))
     sharding.check_batch(config)
-    if jax.process_index() == 0:
+    if multihost.is_main():
         ensure_prepared(config.data)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("prepared")
-    data = open_data(config.data, context_length=config.context_length, batch_size=config.batch_size, seed=config.seed)
+    multihost.wait_for_all("prepared")
+    split = multihost.BatchSplit(sharding.batch)
+    data = open_data(
+        config.data,
+        context_length=config.context_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        local_rows=split.rows,
+    )
     _check_vocabulary(config, data)
     evaluation = {
         last: data.evaluation_batches(max_batches=limit, batch_size=config.evaluation.batch_size)
@@ -67,8 +69,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
     shapes, shardings = state_layout(spec, optimizer, sharding)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    print(f"rattn · {workdir} · {jax.device_count()} × {jax.devices()[0].device_kind}")
-    print(accounting.summary(config, spec, shapes["optimizer"], jax.device_count()))
+    multihost.say(f"rattn · {workdir} · {jax.device_count()} × {jax.devices()[0].device_kind}")
+    multihost.say(accounting.summary(config, spec, shapes, shardings))
     meta = {
         "config": to_json(config),
         "data_fingerprint": data.fingerprint,
@@ -80,13 +82,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
             initialise = lambda: _initial_state(config, optimizer)  # noqa: E731
             state, first_step = jax.jit(initialise, out_shardings=shardings)(), 0
         if first_step >= config.total_steps:
-            print(f"The run is complete at step {first_step}; to train longer, raise config.total_steps.")
+            multihost.say(f"The run is complete at step {first_step}; to train longer, raise config.total_steps.")
             return EXIT_COMPLETE
-        if jax.process_index() == 0:
+        if multihost.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
             (workdir / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
             data.vocabulary.copy_to(workdir)
-        run = _Loop(config, workdir, sharding, data, evaluation, spec, checkpoints, meta)
+        run = _Loop(config, workdir, sharding, split, data, evaluation, spec, checkpoints, meta)
         step_function = make_train_step(config, spec, optimizer, schedule)
         status = run.loop(step_function, state, shardings, first_step)
     finally:
@@ -103,13 +105,14 @@ class _Loop:
         config: ConfigDict,
         workdir: epath.Path,
         sharding: Sharding,
+        split: multihost.BatchSplit,
         data: Data,
         evaluation: dict[bool, EvaluationBatches],
         spec: ModelSpec,
         checkpoints: Checkpoints,
         meta: dict[str, Any],
     ):
-        self.config, self.workdir, self.sharding, self.spec = config, workdir, sharding, spec
+        self.config, self.workdir, self.sharding, self.split, self.spec = (config, workdir, sharding, split, spec)
         self.data, self.evaluation, self.checkpoints, self.meta = data, evaluation, checkpoints, meta
         self.peak = accounting.peak_flops(jax.devices()[0])
         self.tokens_per_step = config.batch_size * config.context_length
@@ -117,23 +120,23 @@ class _Loop:
     def loop(self, step_function: Any, state: Any, shardings: Any, first_step: int) -> int:
         """Trains from `first_step` to the end or a signal; returns the exit status."""
         config, total = self.config, self.config.total_steps
-        self.writer = MetricsWriter(self.workdir, config.log, first_step) if jax.process_index() == 0 else None
+        self.writer = MetricsWriter(self.workdir, config.log, first_step) if multihost.is_main() else None
         self.progress = Progress(total, first_step)
         self.saved_step = first_step
         reading = {"read_threads": config.data.read_threads, "prefetch_batches": config.data.prefetch_batches}
         batches = prefetched(self.data.train, first_step, **reading)
         step, pending = first_step, None
-        with _stop_signal() as stop, contextlib.ExitStack() as cleanup:
+        with multihost.StopRequest().listening() as stop, contextlib.ExitStack() as cleanup:
             cleanup.callback(batches.close)
             if self.writer:
                 cleanup.callback(self.writer.close)
             train_step = self._compile(step_function, state, shardings)
-            self.clock = _Clock(first_step)
+            self.clock = Clock(first_step)
             cleanup.enter_context(jax.transfer_guard("disallow"))
-            while step < total and not stop:
+            while step < total and not stop.after(step):
                 self._profile(step)
                 with self.clock.waiting():
-                    batch = self._to_devices(next(batches))
+                    batch = self.split.to_devices(next(batches), config.batch_size)
                 state, metrics = train_step(state, batch)
                 step += 1
                 # Looked at only now, with the next step queued, so that the devices never wait for the host.
@@ -169,16 +172,13 @@ class _Loop:
             for name in ("tokens", "targets", "segment_ids", "loss_mask")
         }
         compiled = (
-            jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
+            jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, self.sharding.replicated))
+            .lower(state, batch)
+            .compile()
         )
         self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")
         self.progress.start()
         return compiled
-
-    def _to_devices(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(self.sharding.batch, value) for name, value in batch.items()
-        }
 
     def _look(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches a step's metrics, stops at what is not finite, and logs."""
@@ -212,9 +212,9 @@ class _Loop:
 
     def _evaluate(self, step: int, parameters: Any) -> None:
         """Writes `eval/loss` (nats a target) and `eval/bits_per_byte` of the validation rows."""
-        batches = self.evaluation[step == self.config.total_steps]
+        batches, size = self.evaluation[step == self.config.total_steps], self.config.evaluation.batch_size
         sums = [
-            self._eval_step(parameters, self._to_devices(batches[index]), self._token_bytes)
+            self._eval_step(parameters, self.split.to_devices(batches[index], size), self._token_bytes)
             for index in range(len(batches))
         ]
         totals = {name: sum(float(entry[name]) for entry in jax.device_get(sums)) for name in sums[0]}
@@ -231,7 +231,7 @@ class _Loop:
 
     @functools.cached_property
     def _eval_step(self) -> Any:
-        return jax.jit(make_eval_step(self.spec, self.config.loss.chunk_tokens))
+        return jax.jit(make_eval_step(self.spec, self.config.loss.chunk_tokens), out_shardings=self.sharding.replicated)
 
     @functools.cached_property
     def _token_bytes(self) -> jax.Array:
@@ -251,55 +251,6 @@ class _Loop:
             jax.profiler.start_trace(str(self.workdir / "profile"))
         elif step == last:
             jax.profiler.stop_trace()
-
-
-class _Clock:
-    """Seconds a step, and the share of them spent waiting for data, since the last lap."""
-
-    def __init__(self, first_step: int):
-        self._lap_step, self._lap_at = first_step, time.monotonic()
-        self._waited = self._paused = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
-        started = time.monotonic()
-        yield
-        self._waited += time.monotonic() - started
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not training."""
-        started = time.monotonic()
-        yield
-        self._paused += time.monotonic() - started
-
-    def lap(self, step: int) -> tuple[float, float]:
-        """Returns (seconds a step, share waited) since the last lap and starts another."""
-        now = time.monotonic()
-        seconds = max(now - self._lap_at - self._paused, 1e-9)
-        steps, share = step - self._lap_step, self._waited / seconds
-        self._lap_step, self._lap_at, self._waited, self._paused = step, now, 0.0, 0.0
-        return seconds / steps, min(share, 1.0)
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list]:
-    """Collects SIGTERM and SIGINT into a list, once; a second one acts as it would have."""
-    received: list[int] = []
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, old[number])
-
-    for number in old:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[Any, Any]:
@@ -327,7 +278,9 @@ def _initial_state(config: ConfigDict, optimizer: Any) -> Any:
 def _restore(checkpoints: Checkpoints, shapes: Any, shardings: Any, meta: dict[str, Any]) -> tuple[Any, int]:
     """Returns (state, step) of the last committed checkpoint, or (None, 0)."""
     for step in checkpoints.unfinished_steps:
-        print(f"Skipping the half-written checkpoint of step {step} in {checkpoints.folder}: it was never committed.")
+        multihost.say(
+            f"Skipping the half-written checkpoint of step {step} in {checkpoints.folder}: it was never committed."
+        )
     step = checkpoints.latest_step()
     if step is None:
         return None, 0
@@ -341,10 +294,10 @@ def _restore(checkpoints: Checkpoints, shapes: Any, shardings: Any, meta: dict[s
         )
     for key, before, now in differences(found["config"], meta["config"]):
         if not key.startswith(FREE_SECTIONS):
-            print(f"Changed since step {step}: config.{key} {before} -> {now}")
+            multihost.say(f"Changed since step {step}: config.{key} {before} -> {now}")
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     state = checkpoints.restore(step, target)
-    print(f"Continuing from step {step}.")
+    multihost.say(f"Continuing from step {step}.")
     return state, step
 
 
@@ -357,19 +310,22 @@ def _check_vocabulary(config: ConfigDict, data: Data) -> None:
 
 
 def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
-    print(f"Logs: {workdir}/metrics.jsonl and {workdir}/tensorboard · checkpoints: {workdir}/checkpoints")
+    multihost.say(f"Logs: {workdir}/metrics.jsonl and {workdir}/tensorboard · checkpoints: {workdir}/checkpoints")
     if status == EXIT_RESTART:
-        print(f"Stopped by a signal and saved. To continue: {command}")
+        multihost.say(f"Stopped by a signal and saved. To continue: {command}")
     else:
-        print(f"Complete. To train longer: {command} --config.total_steps=…")
+        multihost.say(f"Complete. To train longer: {command} --config.total_steps=…")
 
 
 def main(config: ConfigDict, recipe: str) -> int:
     """Entry point behind the flags."""
+    platform.configure()
+    multihost.join()
     workdir = flags.FLAGS.workdir or f"runs/{recipe}"
     return train(config, workdir, shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
+    multihost.define_flags()
     flags.DEFINE_string("workdir", None, "Folder of logs and checkpoints; runs/RECIPE by default.")
     run_main(main)

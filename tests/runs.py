@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 
 import jax
 
@@ -45,3 +47,21 @@ def lines(workdir):
         assert key not in found, f"{key} is there twice"
         found[key] = {k: v for k, v in values.items() if k not in ("tokens_per_second", "data_wait_fraction")}
     return found
+
+
+def interrupt(process, workdir, first, last, number, also=None):
+    """Sends a signal at a random step between `first` and `last`; returns the step it was seen at.
+
+    `also` is another process to send it to, as a scheduler does.
+    """
+    wanted = random.SystemRandom().randint(first, last)
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        step = len(path.read_text().splitlines()) if path.exists() else 0
+        if step >= wanted:
+            process.send_signal(number)
+            if also:
+                also.send_signal(number)
+            return step
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended before step {wanted}: {process.communicate()}")

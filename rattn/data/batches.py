@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
-import jax
 import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
@@ -23,14 +22,17 @@ from rattn.errors import UserError
 # (10 µs for 10⁵ rows, but 0.6 ms for 10² and 12 ms for 3).
 PERMUTED_ROWS = 2**16
 
+# Size of a global batch -> the indices of the rows that this process reads, ascending.
+LocalRows = Callable[[int], Sequence[int]]
+
 
 class TrainBatches:
     """This process's training batches: a pure function of (data, context length, batch size, seed, step).
 
     Row positions p = step * B + j (j < B, the global batch) are numbered without end. A mixture gives each position to
     a source, by weight and evenly spread; a source's n-th position is a row of its epoch n // rows, in an order that is
-    shuffled anew each epoch, so one epoch of a source visits each row once. A process reads a contiguous share of the
-    batch: the global batch is the same for any number of processes.
+    shuffled anew each epoch, so one epoch of a source visits each row once. A process reads the rows of the batch that
+    its devices hold: the global batch is the same for any number of processes.
     """
 
     def __init__(
@@ -42,20 +44,15 @@ class TrainBatches:
         context_length: int,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        local_rows: LocalRows = range,
     ):
         """Takes one stream, name and weight (any scale, 0 leaves the source out) for each source.
 
         Raises:
-          UserError: a weighted source has no rows, or the batch does not divide among the processes.
+          UserError: a weighted source has no rows.
         """
-        if batch_size % process_count:
-            raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
         self._streams, self._names, self._T, self._B = list(streams), list(names), context_length, batch_size
-        self._share = range(
-            batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
-        )
+        self._share = list(local_rows(batch_size))
         sources, used_weights, self._rows_per_draw = [], [], []
         for index, (stream, name, weight) in enumerate(zip(streams, names, weights, strict=True)):
             if not weight:
@@ -77,7 +74,7 @@ class TrainBatches:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> Batch:
-        """Returns this process's share b of the batch.
+        """Returns this process's rows b of the batch.
 
         `tokens`, `targets`, `segment_ids` int32 [b, T], `loss_mask` bool [b, T] (see `rattn.data`).
         """
@@ -119,8 +116,8 @@ class _RowOrder:
 class EvaluationBatches:
     """The rows of a split in order, each once, in batches; padding rows fill the last one.
 
-    With a limit of batches the rows are spread evenly over the split, so each part of it is seen. A process reads a
-    contiguous share of each batch.
+    With a limit of batches the rows are spread evenly over the split, so each part of it is seen. A process reads the
+    rows of a batch that its devices hold.
     """
 
     def __init__(
@@ -130,20 +127,15 @@ class EvaluationBatches:
         context_length: int,
         batch_size: int,
         max_batches: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        local_rows: LocalRows = range,
     ):
         """Takes the sources' streams; `max_batches` 0 reads all.
 
         Raises:
-          UserError: there are no rows, or the batch does not divide among the processes.
+          UserError: there are no rows.
         """
-        if batch_size % process_count:
-            raise UserError(f"batch_size is {batch_size} and there are {process_count} processes; make it a multiple.")
         self._streams, self._T, self._B = list(streams), context_length, batch_size
-        self._share = range(
-            batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
-        )
+        self._share = list(local_rows(batch_size))
         rows = [(i, row) for i, s in enumerate(streams) for row in range(row_count(s.tokens, context_length))]
         if not rows:
             raise UserError(
@@ -179,7 +171,7 @@ class Data:
     train: TrainBatches
     _validation: list[BlockStream]
     _context_length: int
-    _process: dict[str, int]
+    _local_rows: LocalRows
 
     def evaluation_batches(self, batch_size: int, max_batches: int = 0) -> EvaluationBatches:
         """Returns the batches of the validation split in order, all of them unless limited."""
@@ -188,7 +180,7 @@ class Data:
             context_length=self._context_length,
             batch_size=batch_size,
             max_batches=max_batches,
-            **self._process,
+            local_rows=self._local_rows,
         )
 
 
@@ -198,8 +190,7 @@ def open_data(
     context_length: int,
     batch_size: int,
     seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    local_rows: LocalRows = range,
 ) -> Data:
     """Opens the data that `config.data` names; `rattn.data.preparation.ensure_prepared` comes first.
 
@@ -208,15 +199,11 @@ def open_data(
       context_length: T, tokens a row.
       batch_size: rows a step, over all processes.
       seed: fixes the order of the rows (and the tokens of the synthetic source).
-      process_index, process_count: whose share; JAX's own unless given.
+      local_rows: which rows of a global batch this process reads; all of them unless given.
 
     Raises:
       UserError: no complete preparation, another one than the config's, a damaged shard, weights that do not fit.
     """
-    process = {
-        "process_index": jax.process_index() if process_index is None else process_index,
-        "process_count": jax.process_count() if process_count is None else process_count,
-    }
     if data_config.source == "synthetic":
         vocabulary = load_vocabulary(data_config.vocabulary)
         training, validation = ([SyntheticStream(seed, split, vocabulary)] for split in SPLITS)
@@ -229,9 +216,9 @@ def open_data(
         training, validation = (prepared.streams(split) for split in SPLITS)
         names, weights = prepared.names, _weights(data_config.weights, prepared)
     train = TrainBatches(
-        training, names, weights, context_length=context_length, batch_size=batch_size, seed=seed, **process
+        training, names, weights, context_length=context_length, batch_size=batch_size, seed=seed, local_rows=local_rows
     )
-    return Data(vocabulary, fingerprint, train, validation, context_length, process)
+    return Data(vocabulary, fingerprint, train, validation, context_length, local_rows)
 
 
 def prefetched(
