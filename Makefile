@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	$(PY) -m rattn.train --config configs/tiny.py --workdir runs/tiny
 
 test: $(VENV)/installed
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
