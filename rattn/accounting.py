@@ -4,6 +4,7 @@ FLOPs are never XLA's `cost_analysis`, which counts a scanned body once and know
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -104,17 +105,24 @@ def parameters_by_part(spec: ModelSpec) -> dict[str, int]:
     return parts
 
 
-def memory_by_part(config: ConfigDict, spec: ModelSpec, optimizer_state: Any) -> dict[str, float]:
-    """Bytes of a training step over all devices; activations are a formula's estimate, the rest is exact.
+def memory_by_part(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: Any) -> dict[str, float]:
+    """Bytes that a training step takes on each device: the state is exact, the rest a formula's estimate.
 
     Args:
       config: the whole config.
       spec: the model's shapes.
-      optimizer_state: tree of ShapeDtypeStructs.
+      shapes: tree of ShapeDtypeStructs, {"parameters", "optimizer", …}, as `rattn.train.state_layout` gives it.
+      shardings: the same tree of NamedShardings.
     """
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(spec.shapes))
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer_state))
-    return {"parameters": weights, "optimizer": state, "gradients": weights, "activations": _activation_bytes(config)}
+    held = {name: _bytes_per_device(shapes[name], shardings[name]) for name in ("parameters", "optimizer")}
+    mesh = jax.tree.leaves(shardings["parameters"])[0].mesh.shape
+    rest = {"gradients": held["parameters"], "activations": _kept_bytes(config, mesh)}
+    return held | rest | {"temporaries": _temporary_bytes(config, spec, mesh)}
+
+
+def _bytes_per_device(shapes: Any, shardings: Any) -> float:
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return float(sum(np.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves))
 
 
 def layer_activations(model: ConfigDict) -> int:
@@ -127,17 +135,35 @@ def layer_activations(model: ConfigDict) -> int:
     return 4 * model.width + (3 * heads + 4 * model.query_heads) * model.head_dim + 4 * model.mlp_width
 
 
-def _activation_bytes(config: ConfigDict) -> float:
-    """What the backward pass keeps: residual streams at checkpoints, one block's insides, the logits at hand."""
-    model = config.model
+def _tokens_per_device(config: ConfigDict, mesh: Mapping[str, int]) -> float:
+    """Tokens of a microbatch that one device holds."""
     tokens = config.batch_size * config.context_length / config.accumulation_steps
-    itemsize, inside = compute_itemsize(model), layer_activations(model)
-    if model.remat == "block":
-        kept = model.width * model.layers / len(model.pattern) + inside * len(model.pattern)
-    else:
-        kept = inside * model.layers
-    logits_tokens = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
-    return tokens * kept * itemsize + 2 * logits_tokens * model.vocab_size * FLOAT32_BYTES
+    return tokens / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
+
+
+def _kept_bytes(config: ConfigDict, mesh: Mapping[str, int]) -> float:
+    """What lives from the forward to the backward pass: the residual stream at checkpoints, or all that layers make."""
+    model = config.model
+    tokens, itemsize = _tokens_per_device(config, mesh), compute_itemsize(model)
+    if model.remat == "none":
+        return tokens * itemsize * layer_activations(model) / mesh["model"] * model.layers
+    stream = 0 if model.remat == "offload" else model.width * model.layers / len(model.pattern)
+    outputs = sum(2 if kind == "rattention" else 1 for kind in layer_kinds(model))
+    saved = outputs if model.remat == "save_attention" else 0
+    return tokens * itemsize * (stream + saved * model.query_heads * model.head_dim / mesh["model"])
+
+
+def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int]) -> float:
+    """The larger of two moments: the loss of a chunk of tokens, and the backward pass through one block."""
+    model = config.model
+    tokens, itemsize = _tokens_per_device(config, mesh), compute_itemsize(model)
+    chunk = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
+    vocabulary = model.vocab_size / mesh["model"]
+    loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
+    layers = len(model.pattern)
+    weights = 2 * matrix_parameters(spec) / model.layers * layers / mesh["model"] * itemsize
+    block = 0 if model.remat == "none" else tokens * itemsize * layer_activations(model) * layers / mesh["model"]
+    return max(loss, weights + block)
 
 
 def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_itemsize: int = 2) -> dict[str, int]:
@@ -163,29 +189,30 @@ def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_items
     }
 
 
-def summary(config: ConfigDict, spec: ModelSpec, optimizer_state: Any, num_devices: int) -> str:
-    """The table that a run starts with."""
+def summary(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: Any) -> str:
+    """The table that a run starts with; arguments as `memory_by_part`."""
     model = config.model
     parts = parameters_by_part(spec)
     tokens = config.batch_size * config.context_length
     flops = training_flops_per_token(model, spec, keys_seen(model, config.context_length))
-    memory = memory_by_part(config, spec, optimizer_state)
+    memory = memory_by_part(config, spec, shapes, shardings)
     cache = cache_bytes_per_sequence(model, config.context_length)
-    named = ", ".join(f"{name} {_si(count)}" for name, count in parts.items())
+    named = ", ".join(f"{name} {readable_count(count)}" for name, count in parts.items())
     rows = [
-        ("parameters", f"{_si(sum(parts.values()))} ({named})"),
+        ("parameters", f"{readable_count(sum(parts.values()))} ({named})"),
         ("layers", _runs(layer_kinds(model)) + f", window {model.window}"),
         ("tokens a step", f"{tokens:,} ({config.batch_size} rows × {config.context_length})"),
-        ("FLOPs a token", f"{_si(flops)} (forward and backward, one document a row)"),
+        ("FLOPs a token", f"{readable_count(flops)} (forward and backward, one document a row)"),
         (
             "memory estimate",
-            f"{_bytes(sum(memory.values()))} over {num_devices} device{'s' * (num_devices > 1)} "
-            f"({', '.join(f'{name} {_bytes(size)}' for name, size in memory.items())})",
+            f"{readable_bytes(sum(memory.values()))} a device "
+            f"({', '.join(f'{name} {readable_bytes(size)}' for name, size in memory.items())})",
         ),
         (
             "decode cache",
-            f"{_bytes(sum(cache.values()))} a sequence of {config.context_length} tokens "
-            f"({', '.join(f'{name} {_bytes(size)}' for name, size in cache.items() if size)}; bf16, float32 state)",
+            f"{readable_bytes(sum(cache.values()))} a sequence of {config.context_length} tokens "
+            f"({', '.join(f'{name} {readable_bytes(size)}' for name, size in cache.items() if size)}; "
+            "bf16, float32 state)",
         ),
     ]
     width = max(len(name) for name, _ in rows)
@@ -196,14 +223,16 @@ def _runs(kinds: list[str]) -> str:
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
-def _si(value: float) -> str:
+def readable_count(value: float) -> str:
+    """Three digits and a unit: 2.88 B."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.3g}"
 
 
-def _bytes(value: float) -> str:
+def readable_bytes(value: float) -> str:
+    """Three digits and a unit: 1.5 GiB."""
     for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"

@@ -29,7 +29,7 @@ from rattn.metrics import Clock, MetricsWriter, Progress
 from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.sharding import Sharding, make_mesh
-from rattn.step import make_eval_step, make_train_step
+from rattn.step import batch_shapes, make_eval_step, make_train_step
 
 EXIT_COMPLETE, EXIT_RESTART = 0, 75
 # Keys that may change between a run and its continuation without making another run of it.
@@ -164,16 +164,9 @@ class _Loop:
         """Compiles the training step ahead of its first use, so that no step's time holds it."""
         started = time.monotonic()
         self.progress.say("Compiling the training step …")
-        shape = (self.config.batch_size, self.config.context_length)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                shape, np.bool_ if name == "loss_mask" else np.int32, sharding=self.sharding.batch
-            )
-            for name in ("tokens", "targets", "segment_ids", "loss_mask")
-        }
         compiled = (
             jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, self.sharding.replicated))
-            .lower(state, batch)
+            .lower(state, batch_shapes(self.config, self.sharding.batch))
             .compile()
         )
         self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")

@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rattn import accounting
 from rattn.config import load_config, set_mixer
 from rattn.model.parameters import initial_parameters, model_spec, parameter_count
+from rattn.sharding import Sharding, make_mesh
 from rattn.step import _keys_seen
+from rattn.train import state_layout
 
 
 @pytest.fixture
@@ -48,9 +51,13 @@ def test_keys_seen_counts_documents():
 def test_parts_add_up(config):
     spec = model_spec(config.model)
     assert sum(accounting.parameters_by_part(spec).values()) == parameter_count(spec.shapes)
-    memory = accounting.memory_by_part(config, spec, spec.shapes)
+    sharding = Sharding(make_mesh(config.mesh, jax.devices()[:1]))
+    shapes, shardings = state_layout(spec, optax.adam(1e-3), sharding)
+    memory = accounting.memory_by_part(config, spec, shapes, shardings)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(initial_parameters(config.model, 0)))
-    assert memory["parameters"] == memory["gradients"] == memory["optimizer"] == held
+    assert memory["parameters"] == memory["gradients"] == held
+    # Two moments and a count.
+    assert memory["optimizer"] == 2 * held + 4
 
 
 def test_cache_saving_is_the_paper_figure():
