@@ -37,16 +37,17 @@ def backward_kernel(plan: Plan, documents_ref, q_ref, k_ref, v_ref, do_ref, save
             for ref in (q_ref, k_ref, v_ref, do_ref):
                 zero_from(ref, plan.ragged_len)
 
-    @pl.when((step >= plan.delay_blocks) & (step < plan.query_blocks))
-    def _():
-        def documents(c):
-            chunk = step * plan.chunks + c
-            return documents_ref[batch, chunk], documents_ref[batch, chunk + 1]
+    def documents(c):
+        chunk = step * plan.chunks + c
+        return documents_ref[batch, chunk], documents_ref[batch, chunk + 1]
 
-        _recompute_states(plan, documents, k_ref, v_ref, ids_refs, saved_ref, states_ref)
-        for c in reversed(range(plan.chunks)):
+    def block(chunks):
+        _recompute_states(plan, chunks, documents, k_ref, v_ref, ids_refs, saved_ref, states_ref)
+        for c in reversed(range(chunks)):
             inputs = (q_ref, k_ref, v_ref, do_ref, ids_refs, states_ref)
             _chunk(plan, c, documents(c), *inputs, dq_ref, dk_ref, dv_ref, dstate_ref)
+
+    plan.run_chunks((step >= plan.delay_blocks) & (step < plan.query_blocks), step, block)
 
     if plan.delay_blocks:
 
@@ -76,14 +77,14 @@ def backward_kernel(plan: Plan, documents_ref, q_ref, k_ref, v_ref, do_ref, save
     dinitial_ref[0, 0] = dstate_ref[...]
 
 
-def _recompute_states(plan, documents, k_ref, v_ref, ids_refs, saved_ref, states_ref):
+def _recompute_states(plan, chunks, documents, k_ref, v_ref, ids_refs, saved_ref, states_ref):
     H = plan.head_dim
     states = [saved_ref[0, 0, head, 0].T for head in range(plan.kv_heads_per_step)]
-    for c in range(plan.chunks):
+    for c in range(chunks):
         rows = slice(c * plan.chunk, (c + 1) * plan.chunk)
         for head, state_PH in enumerate(states):
             states_ref[c, head] = state_PH.astype(states_ref.dtype)
-        if c == plan.chunks - 1:
+        if c == chunks - 1:
             return
         kT, vT = k_ref[0, rows, :].T, v_ref[0, rows, :].T
         before, after = documents(c)

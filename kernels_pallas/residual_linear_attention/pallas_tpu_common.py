@@ -6,6 +6,7 @@ heads of any multiple of 16 dims are sliced for free. Reading and writing transp
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,11 @@ class Plan:
         return self.query_len % self.block
 
     @property
+    def last_chunks(self) -> int:
+        """Chunks of the last block that hold queries."""
+        return -(-(self.query_len - (self.query_blocks - 1) * self.block) // self.chunk)
+
+    @property
     def q_lanes(self) -> int:
         """Width of a query block."""
         return self.kv_heads_per_step * self.group * self.head_dim
@@ -82,6 +88,16 @@ class Plan:
     def kv_lanes(self) -> int:
         """Width of a key block."""
         return self.kv_heads_per_step * self.head_dim
+
+    def run_chunks(self, condition: jax.Array, step: jax.Array, block: Callable[[int], None]) -> None:
+        """Calls `block` with the number of chunks to run: a partial last block leaves out those without queries."""
+        last = self.query_blocks - 1
+        if self.last_chunks == self.chunks:
+            pl.when(condition)(lambda: block(self.chunks))
+            return
+        pl.when(condition & (step == last))(lambda: block(self.last_chunks))
+        if last > self.delay_blocks:
+            pl.when(condition & (step < last))(lambda: block(self.chunks))
 
     def vmem_bytes(self, itemsize: int) -> int:
         """Returns an upper bound of the VMEM of the backward kernel, the hungrier of the two."""

@@ -40,12 +40,13 @@ def forward_kernel(plan: Plan, save_states: bool, documents_ref, q_ref, k_ref, v
     if save_states:
         saved_ref[0, 0, :, 0] = state_ref[...]
 
-    @pl.when(step >= plan.delay_blocks)
-    def _():
-        for c in range(plan.chunks):
+    def block(chunks):
+        for c in range(chunks):
             chunk = step * plan.chunks + c
             documents = (documents_ref[batch, chunk], documents_ref[batch, chunk + 1])
             _chunk(plan, c, documents, q_ref, k_ref, v_ref, ids_refs, o_ref, state_ref)
+
+    plan.run_chunks(step >= plan.delay_blocks, step, block)
 
     if plan.delay_blocks:
 

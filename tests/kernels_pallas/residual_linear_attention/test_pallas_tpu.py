@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from kernels_pallas.residual_linear_attention import pallas_tpu, residual_linear_attention, tuning
@@ -22,8 +23,10 @@ def real_chunk(monkeypatch, small_chunk):
 @pytest.fixture
 def no_compilation_cache():
     """A program for a TPU cannot be read back from the cache without one."""
+    compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", False)
     yield
+    compilation_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
 
 
