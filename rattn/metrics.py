@@ -56,12 +56,12 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """A live line on a terminal, a plain line now and then elsewhere."""
+    """A live line on a terminal, a plain line now and then elsewhere, nothing where another process speaks."""
 
     SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
-    def __init__(self, total_steps: int, first_step: int):
-        self._total, self._first = total_steps, first_step
+    def __init__(self, total_steps: int, first_step: int, *, silent: bool = False):
+        self._total, self._first, self._silent = total_steps, first_step, silent
         self._live = sys.stdout.isatty()
         self._last_plain = -float("inf")
         self.start()
@@ -88,6 +88,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
+        if self._silent:
+            return
         print(f"\r\033[K{text}" if self._live else text, flush=True)
 
 

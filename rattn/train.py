@@ -121,7 +121,7 @@ class _Loop:
         """Trains from `first_step` to the end or a signal; returns the exit status."""
         config, total = self.config, self.config.total_steps
         self.writer = MetricsWriter(self.workdir, config.log, first_step) if multihost.is_main() else None
-        self.progress = Progress(total, first_step)
+        self.progress = Progress(total, first_step, silent=not multihost.is_main())
         self.saved_step = first_step
         reading = {"read_threads": config.data.read_threads, "prefetch_batches": config.data.prefetch_batches}
         batches = prefetched(self.data.train, first_step, **reading)

@@ -158,10 +158,10 @@ def test_a_non_finite_step_stops_with_its_rows_and_keeps_the_last_good_checkpoin
 
 def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, capsys, monkeypatch):
     """In a workdir with a relative path, as users type it."""
-    monkeypatch.chdir(tmp_path)
     config = miniature("steps=8", optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
     config.on_non_finite = "skip"
     config.log.profile_steps = (3, 5)
+    monkeypatch.chdir(tmp_path)
     assert train(config, "run") == 0
     assert "its update was not applied" in capsys.readouterr().out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
