@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas.residual_linear_attention.tuning_gpu import Blocks
@@ -97,7 +98,7 @@ class Plan:
         positions = [min(max(start + self.lag - 1, 0), newest) for start in starts]
         if kv_ids_BS is None:
             return jnp.zeros((self.batch, len(positions)), jnp.int32)
-        return kv_ids_BS[:, jnp.array(positions)]
+        return kv_ids_BS[:, np.array(positions)]
 
     def tile_heads(self, most: int) -> int:
         """Returns the heads of a tile: at most `most`, and a divisor of the group."""
@@ -169,8 +170,8 @@ def half_features(plan: Plan, x_CH: jax.Array, sign) -> jax.Array:
         return x_CH
     if plan.feature_map == "relu":
         return jnp.maximum(x_CH * sign, 0.0)
-    x_CH = x_CH * (sign * math.log2(math.e))
-    numerator = _exp2(plan, x_CH - jnp.max(x_CH, axis=1, keepdims=True))
+    x_CH = x_CH * sign
+    numerator = _exp2(plan, (x_CH - jnp.max(x_CH, axis=1, keepdims=True)) * math.log2(math.e))
     return numerator * (1.0 / jnp.sum(numerator, axis=1, keepdims=True))
 
 

@@ -110,8 +110,8 @@ def half_features(feature_map: str, x, sign):
     """Returns one half of φ(x) for a float32 tile; `sign` is 1 or -1."""
     if feature_map == "relu":
         return jnp.maximum(x * sign, 0.0)
-    x = x * (sign * math.log2(math.e))
-    numerator = jnp.exp2(x - rows_to(x.shape, x.max(axis=1)))
+    x = x * sign
+    numerator = jnp.exp2((x - rows_to(x.shape, x.max(axis=1))) * math.log2(math.e))
     return numerator * rows_to(x.shape, 1.0 / numerator.sum(axis=1))
 
 

@@ -46,11 +46,17 @@ class Implementation:
     chunk: int
     H: int
     check_vma: bool = True  # shard_map's own check, which Pallas calls do not pass
+    state_roundings: int = 1  # to bfloat16, between a key and the state that a query reads, beside that of φ(k)
 
 
 IMPLEMENTATIONS = [
     pytest.param(Implementation("chunked", chunk=CHUNK, H=4), id="chunked"),
     pytest.param(Implementation("pallas_tpu", chunk=CHUNK, H=4, check_vma=False), id="pallas_tpu"),
+    pytest.param(
+        Implementation("pallas_gpu", chunk=16, H=16, check_vma=False, state_roundings=2),
+        id="pallas_gpu",
+        marks=[pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")],
+    ),
 ]
 
 

@@ -1,0 +1,180 @@
+"""Times residual linear attention, its peers and softmax attention on one GPU, with errors against float32.
+
+    python scripts/bench_gpu.py                      # shape S2, every peer that is installed
+    python scripts/bench_gpu.py --lengths 2048 8192 32768 131072 --tokens 131072 --only rattn
+
+Shape S2: 32,768 tokens in rows of 8,192, N = 16, K = 4, H = 128, W = 512, bfloat16, packed documents of about 1,024. A
+time is the median, with the extremes, of 5 rounds of 20 calls queued at once, so that the host's share of a call is
+hidden. An error is ‖x - x₃₂‖ / ‖x₃₂‖, the largest of o, dq, dk and dv, against `chunked` in float32 on the same inputs.
+Peers that take no documents run, and are compared, without. Errors of softmax attention are not computed.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.residual_linear_attention import residual_linear_attention
+from kernels_pallas.residual_linear_attention.feature_map import features
+
+HEADS, KV_HEADS, HEAD_DIM, WINDOW = 16, 4, 128, 512
+
+
+def main():
+    """Prints one table for each length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--only", choices=["rattn", "all"], default="all", help="rattn: no peers")
+    args = parser.parse_args()
+    device = jax.local_devices()[0]
+    print(f"{device.device_kind}, JAX {jax.__version__}, {args.tokens} tokens, W = {WINDOW}")
+    for length in args.lengths:
+        print(f"\nT = {length}: milliseconds, median (extremes)\n{'':44}{'forward':>24}{'forward+backward':>24}  error")
+        bench_length(args.tokens // length, length, peers=args.only == "all")
+
+
+def bench_length(batch, length, peers):
+    """Times every candidate at one shape."""
+    draws = iter(jax.random.split(jax.random.key(0), 4))
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    q, k, v, do = (jax.random.normal(next(draws), (batch, length, n, HEAD_DIM), jnp.bfloat16) for n in heads)
+    ids = jnp.asarray(documents(batch, length))
+    expected = {}
+    for name, takes_documents, error, make in candidates(peers):
+        try:
+            forward = make()
+        except ModuleNotFoundError as e:
+            print(f"{name:44}skipped: {e.name} is not installed")
+            continue
+        both = with_gradients(forward)
+        used_ids = ids if takes_documents else None
+        try:
+            times = [measure(forward, q, k, v, used_ids), measure(both, q, k, v, used_ids, do)]
+        except Exception as e:  # a peer that does not take this shape must not end the table
+            print(f"{name:44}failed: {str(e).splitlines()[0][:100]}")
+            continue
+        if error and takes_documents not in expected:
+            expected[takes_documents] = float32_results(q, k, v, used_ids, do)
+        off = largest_error(both(q, k, v, used_ids, do), expected[takes_documents]) if error else ""
+        print(f"{name:44}{times[0]:>24}{times[1]:>24}  {off}", flush=True)
+
+
+def candidates(peers):
+    """Yields (name, takes documents, whether to compute the error, () -> forward(q, k, v, ids))."""
+    for implementation in ("pallas_gpu", "chunked"):
+        yield f"RLA {implementation}", True, True, functools.partial(ours, implementation)
+    yield "RLA pallas_gpu, no documents", False, True, functools.partial(ours, "pallas_gpu")
+    if not peers:
+        return
+    yield "RLA by jax-linear-attention simple_gla, twice", False, True, by_simple_gla
+    for window in (WINDOW, 4096, None):
+        size = f"window {window}" if window else "full"
+        yield f"softmax cuDNN, {size}", False, False, functools.partial(by_cudnn, window)
+    for window in (WINDOW, 4096, None):
+        size = f"window {window}" if window else "full"
+        yield f"softmax jax-linear-attention, {size}", True, False, functools.partial(by_jla_attention, window)
+
+
+def ours(implementation):
+    """Residual linear attention of this repository."""
+
+    def forward(q, k, v, ids):
+        return residual_linear_attention(q, k, v, window=WINDOW, q_segment_ids=ids, implementation=implementation)
+
+    return jax.jit(forward)
+
+
+def by_simple_gla():
+    """One call for each half of φ, its keys and values repeated for the query heads and delayed."""
+    from jla.ops.mosaic_gpu.scalar_gate import simple_gla
+
+    @jax.jit
+    def forward(q, k, v, ids):
+        delay = ((0, 0), (WINDOW, 0), (0, 0), (0, 0))
+        phi_q, phi_k = (jnp.split(features("softmax", x).astype(x.dtype), 2, axis=-1) for x in (q, k))
+        phi_k = [jnp.pad(x, delay)[:, : q.shape[1]] for x in phi_k]
+        v = jnp.repeat(jnp.pad(v, delay)[:, : q.shape[1]], HEADS // KV_HEADS, axis=2)
+        gate = jnp.zeros(q.shape[:3], jnp.float32)
+        halves = ((a, jnp.repeat(b, HEADS // KV_HEADS, axis=2)) for a, b in zip(phi_q, phi_k, strict=True))
+        return sum(simple_gla(a, b, v, gate, scale=1.0)[0] for a, b in halves)
+
+    return forward
+
+
+def by_cudnn(window):
+    """Causal softmax attention of cuDNN, over the last `window` keys."""
+    local = None if window is None else (window - 1, 0)
+
+    @jax.jit
+    def forward(q, k, v, ids):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+
+    return forward
+
+
+def by_jla_attention(window):
+    """Causal softmax attention of jax-linear-attention, over the last `window` keys of a document."""
+    from jla.ops.mosaic_gpu.attention import flash_attention
+
+    return jax.jit(lambda q, k, v, ids: flash_attention(q, k, v, segment_ids=ids, sliding_window=window))
+
+
+def with_gradients(forward):
+    """Returns (q, k, v, ids, do) -> (o, dq, dk, dv)."""
+
+    @jax.jit
+    def both(q, k, v, ids, do):
+        o, pull = jax.vjp(lambda q, k, v: forward(q, k, v, ids), q, k, v)
+        return o, *pull(do)
+
+    return both
+
+
+def measure(function, *arguments, calls=20, rounds=5):
+    """Returns "median (least–most)" of a call in milliseconds."""
+    for _ in range(3):
+        out = function(*arguments)
+    jax.block_until_ready(out)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return f"{statistics.median(times):.3f} ({min(times):.3f}–{max(times):.3f})"
+
+
+def float32_results(q, k, v, ids, do):
+    """Returns (o, dq, dk, dv) of the plain form in float32."""
+    q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
+    return with_gradients(ours("chunked"))(q, k, v, ids, do)
+
+
+def largest_error(results, expected):
+    """Returns the largest relative error of the results, in the Frobenius norm."""
+
+    @jax.jit
+    def relative(x, y):
+        return jnp.linalg.norm((x.astype(jnp.float32) - y).ravel()) / jnp.linalg.norm(y.ravel())
+
+    return f"{max(float(relative(x, y)) for x, y in zip(results, expected, strict=True)):.1e}"
+
+
+def documents(batch, length):
+    """Returns ids [B, T] of documents cut at random, 1,024 tokens long on average."""
+    rng = np.random.default_rng(0)
+    ids = np.zeros((batch, length), np.int32)
+    for row in ids:
+        cuts = np.sort(rng.choice(np.arange(1, length), max(1, length // 1024), replace=False))
+        row[:] = np.searchsorted(cuts, np.arange(length), side="right")
+    return ids
+
+
+if __name__ == "__main__":
+    main()
