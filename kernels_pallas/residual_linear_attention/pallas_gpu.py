@@ -1,11 +1,12 @@
-"""Residual linear attention as Pallas kernels for GPUs (Triton), behind one differentiable function.
+"""Residual linear attention as Pallas kernels for GPUs, behind one differentiable function.
 
     forward:   sums of φ(k)ᵀ v per chunk → scan: the states that enter the chunks → outputs
     backward:  sums of φ(q)ᵀ do per chunk → reverse scan: gradients of the states that leave the chunks → dk, dv;
                dq from the forward's states
 
-Only the scan is sequential; every other kernel runs over all chunks in parallel. States are stored in the input dtype
-and add up in float32. No sum depends on the order in which programs run. On a CPU the kernels are interpreted.
+Only the scan is sequential; every other kernel runs over all chunks in parallel, in Mosaic GPU where
+`pallas_gpu_hopper.fits`, else in Triton. States and sums of chunks are stored in the input dtype; the scan adds them up
+in float32. No sum depends on the order in which programs run. On a CPU the Triton kernels are interpreted.
 """
 
 import dataclasses

@@ -167,9 +167,9 @@ def test_bfloat16(implementation, values):
     With u = 2^-8, half the spacing of bfloat16 at 1: a term of a reduction is a product whose factors were rounded at
     most three times (two features and the score or the state between them), and the result is rounded once. So the
     error is at most 4 u times the sum of the terms' magnitudes, however many they are: T keys × P features. Results
-    that stay in float32 hold one rounded feature a term: u. Where the sums of chunks are rounded before they add up to a
-    state, that is one u more for both. Positive values make that sum the result itself, and it
-    grows with every one of the chunks, as does the error of a state that is not kept in float32.
+    that stay in float32 hold one rounded feature a term: u. Where the sums of chunks are rounded before they add up to
+    a state, that is one u more for both. Positive values make that sum the result itself, and it grows with every one
+    of the chunks, as does the error of a state that is not kept in float32.
     """
     u, C = 2.0**-8, implementation.chunk
     T = max(4 * C, 96) + 5
