@@ -1,6 +1,7 @@
 """The GPU kernels beside the suite: the Triton ones interpreted, the Hopper ones lowered, and on a GPU compared."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +35,24 @@ def test_head_dim_must_be_a_power_of_two(head_dim):
         residual_linear_attention(x, x, x, window=2, implementation="pallas_gpu")
 
 
-def test_hopper_forward_lowers(monkeypatch):
+def test_hopper_kernels_lower(monkeypatch):
     """Shared memory, layouts and copies are checked when a kernel is lowered, which takes no GPU."""
     monkeypatch.setattr(pallas_gpu, "_has_hopper", lambda: True)
     q, kv = (jax.ShapeDtypeStruct((1, 1024, heads, 128), jnp.bfloat16) for heads in (4, 2))
     ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
-    def attend(q, k, v, ids):
-        return residual_linear_attention(q, k, v, window=72, kv_segment_ids=ids, implementation="pallas_gpu")
+    def gradients(q, k, v, ids):
+        def attend(q, k, v):
+            return residual_linear_attention(q, k, v, window=72, kv_segment_ids=ids, implementation="pallas_gpu")
+
+        o, pull = jax.vjp(attend, q, k, v)
+        return pull(o)
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(attend).trace(q, kv, kv, ids).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu") >= 2  # sums and outputs
+        lowered = jax.jit(gradients).trace(q, kv, kv, ids).lower(lowering_platforms=("cuda",))
+    calls = re.findall(r"custom_call @(mosaic_gpu\w*|__gpu\$xla.gpu.triton)", lowered.as_text())
+    assert len(calls) == 7, calls  # sums, scan, outputs; dq, sums, scan, dkv
 
 
 @pytest.mark.parametrize(("T", "S", "window"), [(300, 300, 40), (200, 520, 64), (40, 400, 8), (256, 256, 256)])
