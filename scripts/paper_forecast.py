@@ -20,16 +20,14 @@ def main() -> None:
             f"average, {abs(errors).max():.1%} at most."
         )
     topology, calibration = found[paper.READINGS[0]]
+    kernels = (roofline.RELEASED_KERNEL, roofline.OUR_KERNEL[topology.chip.name])
     print()
     print("| cell | | paper, s | released kernel, s | error | our kernel, s | linear branch, s: released / ours |")
     print("|---|---|---|---|---|---|---|")
     for cell in paper.TABLE_3:
-        released, ours = (
-            paper.forecast(cell, topology, calibration, kernel)
-            for kernel in (roofline.RELEASED_KERNEL, roofline.OUR_KERNEL)
-        )
+        released, ours = (paper.forecast(cell, topology, calibration, kernel) for kernel in kernels)
         unseen = cell in paper.UNSEEN
-        linear = [paper.arithmetic(cell, topology, k)[1] for k in (roofline.RELEASED_KERNEL, roofline.OUR_KERNEL)]
+        linear = [paper.arithmetic(cell, topology, kernel)[1] for kernel in kernels]
         print(
             f"| {cell} | {'unseen' if unseen else 'fitted'} | {cell.seconds:.2f} | {released:.2f} | "
             f"{released / cell.seconds - 1:+.1%} | {f'{ours:.2f}' if unseen else ''} | "

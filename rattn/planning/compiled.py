@@ -28,9 +28,10 @@ class Compiled:
     """The compiler's figures for one device.
 
     Attributes:
-      fits: False where the compiler refused for want of memory; the byte counts are then what it says it needs.
+      fits: False where the compiler refused for want of memory; the total is then what it says it needs.
       argument_bytes: state and batch.
-      temporary_bytes: everything else that lives during a step.
+      total_bytes: all that the step allocates: the state, updated in place, and what lives during a step.
+      peak_bytes: the most of it in use at once; the rest is lost between buffers.
       program_bytes: the program itself.
       host_bytes: what was offloaded to the host's memory.
       collectives: of one step.
@@ -39,21 +40,17 @@ class Compiled:
 
     fits: bool
     argument_bytes: int
-    temporary_bytes: int
+    total_bytes: int
+    peak_bytes: int
     program_bytes: int
     host_bytes: int
     collectives: tuple[Collective, ...]
     seconds: float
 
-    @property
-    def total_bytes(self) -> int:
-        """State (updated in place) and temporaries: what the formula's parts sum to."""
-        return self.argument_bytes + self.temporary_bytes
-
     def as_json(self) -> dict[str, Any]:
         """Figures without the single operations."""
         figures = dataclasses.asdict(dataclasses.replace(self, collectives=()))
-        return figures | {"total_bytes": self.total_bytes, "collectives": by_kind(list(self.collectives))}
+        return figures | {"collectives": by_kind(list(self.collectives))}
 
 
 def topology_devices(topology: Topology) -> Sequence[jax.Device]:
@@ -113,12 +110,13 @@ def compiled_figures(config: ConfigDict, topology: Topology) -> Compiled:
         needed = _needed_bytes(str(error))
         if needed is None:
             raise
-        return Compiled(False, 0, needed, 0, 0, (), time.monotonic() - started)
+        return Compiled(False, 0, needed, needed, 0, 0, (), time.monotonic() - started)
     memory = executable.memory_analysis()
     return Compiled(
         fits=True,
         argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
+        total_bytes=memory.total_allocation_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         program_bytes=memory.generated_code_size_in_bytes,
         host_bytes=memory.host_temp_size_in_bytes,
         collectives=tuple(find_collectives(executable.as_text())),

@@ -110,7 +110,7 @@ def _cache(rows: list[Row]) -> str:
 
 def calibration_text(row: Row) -> str:
     """The constants that stand in no datasheet, where they come from and where they do not apply."""
-    fitted, kernel = roofline.CALIBRATION, roofline.OUR_KERNEL
+    fitted, kernel = roofline.CALIBRATION, roofline.OUR_KERNEL[row.topology.chip.name]
     fit = (
         f"Matrix products run at {fitted.efficiency:.3f} of the peak, a step takes {fitted.fixed_seconds:.2f} s more: "
         "fitted to eight step times of arXiv 2506.15545, Table 3 (v5p-1024 read as 1024 chips; 3B and 12B, batch 1024, "
@@ -119,8 +119,8 @@ def calibration_text(row: Row) -> str:
     )
     cycles = (
         f"RLA takes {kernel.forward_cycles / 1e6:.3f} M cycles forward and {kernel.backward_cycles / 1e6:.3f} M "
-        "backward at B=1, T=8192, N=16, K=4, H=128 on v5p: its static schedule, without waiting for memory "
-        "(scripts/bench_tpu_static.py)."
+        f"backward at B=1, T=8192, N=16, K=4, H=128 on {row.topology.chip.name}: its static schedule, without waiting "
+        f"for memory (scripts/bench_tpu_static.py), at {row.topology.chip.clock_hz / 1e9:.2f} GHz."
     )
     if row.time.fixed:
         reach = (
@@ -142,13 +142,13 @@ def compiled_text(rows: list[Row]) -> str:
     for row in rows:
         found, formula = row.compiled, sum(row.memory.values())
         if not found.fits:
-            lines.append([row.name, f"{formula / GIB:.2f}", f"refused: needs {found.temporary_bytes / GIB:.2f}"])
+            lines.append([row.name, f"{formula / GIB:.2f}", f"refused: needs {found.total_bytes / GIB:.2f}"])
             continue
-        figures = (found.argument_bytes, found.temporary_bytes, found.total_bytes)
+        figures = (found.argument_bytes, found.peak_bytes, found.total_bytes)
         error, host = f"{formula / found.total_bytes - 1:+.0%}", readable_bytes(found.host_bytes)
         sizes = [f"{size / GIB:.2f}" for size in figures]
         lines.append([row.name, f"{formula / GIB:.2f}", *sizes, error, host, f"{found.seconds:.0f}"])
-    header = ["", "formula", "state", "temporaries", "compiler's sum", "formula against it", "host", "compiled in s"]
+    header = ["", "formula", "state", "peak in use", "compiler's sum", "formula against it", "host", "compiled in s"]
     title = "HBM per device, GiB: the formula's beside the TPU compiler's"
     sections = [title, table(header, _padded(lines, len(header)))]
     sections.append("Collectives in the compiled step, a device's share (send: to other slices)")

@@ -20,7 +20,7 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclasses.dataclass(frozen=True)
 class LinearKernel:
-    """Static cycles of a residual linear attention kernel on v5p, summed over the chip's cores.
+    """Static cycles of a residual linear attention kernel, summed over the cores that share the work.
 
     Counted at B=1, T=8192, N=16, K=4, H=128, P=256, W=512 in bfloat16: bundles of the compiler's final schedule, each
     at least a cycle. They leave out waiting for memory. The work is taken to grow with tokens × query heads × P·H.
@@ -38,8 +38,14 @@ class LinearKernel:
 
 # At its best setting: chunk 512, inner loop unrolled (JAX 0.11.2, libtpu 0.0.48.1).
 RELEASED_KERNEL = LinearKernel("the paper's released kernel", 1.70e6, 3.96e6)
-# By `scripts/bench_tpu_static.py`, with segment ids.
-OUR_KERNEL = LinearKernel("kernels_pallas", 0.225e6, 0.495e6)
+# By `scripts/bench_tpu_static.py` for each chip (docs/performance.md), with segment ids; v4 was not counted.
+OUR_KERNEL = {
+    "v5p": LinearKernel("kernels_pallas", 0.225e6, 0.495e6),
+    "v5e": LinearKernel("kernels_pallas", 0.227e6, 0.504e6),
+    "v6e": LinearKernel("kernels_pallas", 0.150e6, 0.293e6),
+    "tpu7x": LinearKernel("kernels_pallas", 0.140e6, 0.280e6),
+}
+OUR_KERNEL["v4"] = OUR_KERNEL["v5p"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +220,6 @@ def step_time(
     topology: Topology,
     mesh: dict[str, int],
     memory: dict[str, float],
-    kernel: LinearKernel = OUR_KERNEL,
-    calibration: Calibration = CALIBRATION,
 ) -> StepTime:
     """Seconds of one training step.
 
@@ -225,8 +229,6 @@ def step_time(
       topology: the slices.
       mesh: devices along each mesh axis.
       memory: bytes on a device by part, `rattn.accounting.memory_by_part`.
-      kernel: whose static cycles the linear branch takes.
-      calibration: of matrix products and fixed cost.
     """
     chip = topology.chip
     received = network_bytes(config, spec, mesh, topology.slices)
@@ -235,10 +237,10 @@ def step_time(
     }
     return StepTime(
         mxu=mxu_flops(config, spec, mesh["seq"]) / (topology.chips * chip.flops),
-        linear=linear_seconds(config, topology, kernel),
+        linear=linear_seconds(config, topology, OUR_KERNEL[chip.name]),
         hbm=hbm_bytes(config, spec, mesh, memory) * chip.devices / chip.hbm_bandwidth,
         ici=by_network["ici"] * chip.devices / chip.ici_bandwidth,
         dcn=by_network["dcn"] * chip.devices / chip.dcn_bandwidth,
-        fixed=calibration.fixed_seconds if chip.name == CALIBRATED_ON else 0.0,
-        efficiency=calibration.efficiency,
+        fixed=CALIBRATION.fixed_seconds if chip.name == CALIBRATED_ON else 0.0,
+        efficiency=CALIBRATION.efficiency,
     )

@@ -76,8 +76,8 @@ def test_linear_seconds_scale_from_the_counted_shape():
     """Eight rows of 8192 tokens and 16 heads on 4 chips of two cores: each core has the counted shape once a layer."""
     config = load_config("configs/rattn_3b.py", "context=8192")
     config.batch_size = 8
-    cycles = 2 * roofline.OUR_KERNEL.forward_cycles + roofline.OUR_KERNEL.backward_cycles
-    seconds = roofline.linear_seconds(config, parse_topology("v5p:2x2x1"), roofline.OUR_KERNEL)
+    cycles = 2 * roofline.OUR_KERNEL["v5p"].forward_cycles + roofline.OUR_KERNEL["v5p"].backward_cycles
+    seconds = roofline.linear_seconds(config, parse_topology("v5p:2x2x1"), roofline.OUR_KERNEL["v5p"])
     assert seconds == pytest.approx(42 * cycles / 1.75e9)
 
 
@@ -158,7 +158,7 @@ def test_four_unseen_cells_within_twenty_percent_each():
     errors = paper.relative_errors(paper.UNSEEN, topology, calibration, roofline.RELEASED_KERNEL)
     assert len(errors) == 4
     assert np.abs(errors).max() <= 0.20
-    ours = [paper.forecast(cell, topology, calibration, roofline.OUR_KERNEL) for cell in paper.UNSEEN]
+    ours = [paper.forecast(cell, topology, calibration, roofline.OUR_KERNEL["v5p"]) for cell in paper.UNSEEN]
     released = [paper.forecast(cell, topology, calibration, roofline.RELEASED_KERNEL) for cell in paper.UNSEEN]
     assert all(np.less(ours, released))
 
@@ -269,3 +269,39 @@ def test_mistakes_get_a_sentence():
     assert done.stderr.strip().splitlines() == [
         "rattn: --mixers has 'ful', did you mean 'full'?; use names of full, swa, rattention, linear."
     ]
+
+
+def test_the_compiler_judges_a_small_step(tmp_path):
+    """The real training step, compiled for two v5e chips over fsdp and two over data; no TPU is there."""
+    out = tmp_path / "plan.json"
+    small = {
+        "batch_size": 4,
+        "context_length": 256,
+        "evaluation.batch_size": 4,
+        "model.layers": 2,
+        "model.width": 128,
+        "model.head_dim": 128,
+        "model.query_heads": 2,
+        "model.kv_heads": 1,
+        "model.vocab_size": 512,
+        "model.compute_dtype": "bfloat16",
+        "model.remat": "block",
+        "loss.chunk_tokens": 64,
+        "mesh.data": 2,
+        "mesh.fsdp": 2,
+    }
+    changes = [f"--config.{key}={value}" for key, value in small.items()]
+    recipe = "tests/recipes/miniature.py:window=128"
+    done = run_plan("--config", recipe, "--topology", "v5e:2x2", "--compile", "--json", str(out), *changes)
+    assert done.returncode == 0, done.stderr
+    assert "Compiling rattention-128 for v5e:2x2 (4 chips) (1 of 1): " in done.stderr
+    assert "formula against it" in done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    found = row["compiled"]
+    assert found["fits"]
+    state = row["memory_bytes_per_device"]["parameters"] + row["memory_bytes_per_device"]["optimizer"]
+    # Arguments are the state, the batch and tiles' padding.
+    assert state < found["argument_bytes"] < 1.2 * state
+    assert found["argument_bytes"] < found["peak_bytes"] <= found["total_bytes"]
+    # Weights are gathered over fsdp in the forward and in the backward pass.
+    assert found["collectives"]["all-gather"]["bytes"] > 0
