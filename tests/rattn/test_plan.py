@@ -302,6 +302,6 @@ def test_the_compiler_judges_a_small_step(tmp_path):
     state = row["memory_bytes_per_device"]["parameters"] + row["memory_bytes_per_device"]["optimizer"]
     # Arguments are the state, the batch and tiles' padding.
     assert state < found["argument_bytes"] < 1.2 * state
-    assert found["argument_bytes"] < found["peak_bytes"] <= found["total_bytes"]
+    assert found["argument_bytes"] < found["total_bytes"]
     # Weights are gathered over fsdp in the forward and in the backward pass.
     assert found["collectives"]["all-gather"]["bytes"] > 0
