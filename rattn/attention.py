@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from kernels_pallas.residual_linear_attention import residual_linear_attention
+from kernels_pallas.residual_linear_attention import implementation_for, residual_linear_attention
 from rattn.model.remat import ATTENTION_OUTPUT
 from rattn.model.softmax_attention import blockwise_attention
 
@@ -32,8 +33,12 @@ def softmax_attention_for(platform: str) -> Attention:
 
 def linear_attention_for(platform: str) -> Attention:
     """Returns the residual linear attention of a platform, which need not be the one that this process runs on."""
-    implementation = "pallas_tpu" if platform == "tpu" else None
-    return functools.partial(residual_linear_attention, implementation=implementation)
+
+    def linear_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, **rest: Any) -> jax.Array:
+        implementation = implementation_for(platform, q_BTNH.shape[-1])
+        return residual_linear_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation, **rest)
+
+    return linear_attention
 
 
 def splash_attention(

@@ -1,5 +1,9 @@
 """Residual linear attention: the part of causal attention that a sliding window leaves out."""
 
-from kernels_pallas.residual_linear_attention.api import residual_linear_attention, residual_linear_state
+from kernels_pallas.residual_linear_attention.api import (
+    implementation_for,
+    residual_linear_attention,
+    residual_linear_state,
+)
 
-__all__ = ["residual_linear_attention", "residual_linear_state"]
+__all__ = ["implementation_for", "residual_linear_attention", "residual_linear_state"]

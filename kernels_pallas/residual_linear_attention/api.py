@@ -61,7 +61,7 @@ def residual_linear_attention(
     """
     _check_keys(k_BSKH, v_BSKH, window, feature_map, kv_segment_ids, initial_state, implementation)
     q_segment_ids, kv_segment_ids = _check_queries(q_BTNH, k_BSKH, q_segment_ids, kv_segment_ids)
-    module = _load(implementation or _default_implementation())
+    module = _load(implementation or implementation_for(jax.default_backend(), q_BTNH.shape[-1]))
     arrays = _vary_alike(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state)
     o_BTNH, state_BKPH = module.forward(*arrays, window=window, feature_map=feature_map)
     return (o_BTNH, state_BKPH) if return_state else o_BTNH
@@ -87,8 +87,12 @@ def residual_linear_state(
     return module.state(*arrays, window=window, feature_map=feature_map)
 
 
-def _default_implementation() -> str:
-    return "chunked"
+def implementation_for(platform: str, head_dim: int) -> str:
+    """Returns the fastest implementation on "tpu", "gpu" or "cpu", which need not be the platform of this process."""
+    if platform == "tpu":
+        return "pallas_tpu"
+    # The GPU kernels' matrix products need a power of two.
+    return "pallas_gpu" if platform == "gpu" and head_dim >= 16 and not head_dim & (head_dim - 1) else "chunked"
 
 
 def _load(implementation: str):

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.residual_linear_attention import reference, residual_linear_attention, residual_linear_state
+from kernels_pallas.residual_linear_attention import (
+    implementation_for,
+    reference,
+    residual_linear_attention,
+    residual_linear_state,
+)
 
 Q, KV = (2, 5, 4, 8), (2, 7, 2, 8)
 
@@ -97,3 +102,17 @@ def test_segment_ids_default_to_each_other(monkeypatch):
     assert received(kv_segment_ids=kv_ids, q_segment_ids=q_ids) == [q_ids.tolist(), kv_ids.tolist()]
     square = {n: array((2, 5, 2, 8)) for n in ("k_BSKH", "v_BSKH")}
     assert received(q_segment_ids=q_ids, **square) == [q_ids.tolist(), q_ids.tolist()]
+
+
+def test_the_default_is_the_fastest_that_takes_the_head_dim():
+    chosen = {
+        (platform, dim): implementation_for(platform, dim) for platform in ("tpu", "gpu", "cpu") for dim in (96, 128)
+    }
+    assert chosen == {
+        ("tpu", 96): "pallas_tpu",
+        ("tpu", 128): "pallas_tpu",
+        ("gpu", 96): "chunked",
+        ("gpu", 128): "pallas_gpu",
+        ("cpu", 96): "chunked",
+        ("cpu", 128): "chunked",
+    }
