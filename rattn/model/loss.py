@@ -29,9 +29,11 @@ def cross_entropy_sum(
       (what to minimise, the plain cross-entropy), both float32 sums in nats.
     """
     T = x_BTD.shape[1]
+    # Once for all chunks: they would each gather it from the devices again, and scatter their gradients.
+    unembedding_VD = model.unembedding()
 
     def chunk_sum(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(x)
+        logits = model.logits(x, unembedding_VD)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats = jnp.where(mask, nats, 0.0)

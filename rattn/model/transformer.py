@@ -82,7 +82,8 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
         """Returns the normed x_BTD in the compute dtype, from int32 tokens and document ids (None: one a row)."""
-        embedding_VD = self.embedding_VD[...].astype(self.compute_dtype)
+        # Whole in D on every device: a look-up of tokens in slices of D would move the tokens' activations instead.
+        embedding_VD = self.constrain(self.embedding_VD[...].astype(self.compute_dtype), "vocab", None)
         x_BTD = embedding_VD[tokens_BT] * jnp.asarray(embedding_VD.shape[1] ** 0.5, self.compute_dtype)
         x_BTD = self.constrain(x_BTD, "batch", "length", None)
         graph, stacked = nnx.split(self.blocks)
@@ -95,11 +96,22 @@ class Transformer(nnx.Module):
             x_BTD = rematerialised(layer, self.remat, scanned=False)(x_BTD, segment_ids_BT)
         return self.final_norm(x_BTD)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns logits_BTV in float32 from the normed hidden state."""
-        weight, dims = (self.embedding_VD, "vd") if self.tied_embeddings else (self.unembedding_DV, "dv")
+    def unembedding(self) -> jax.Array:
+        """Returns the float32 unembedding_VD, whole in D on every device."""
+        weight_VD = self.embedding_VD[...] if self.tied_embeddings else self.unembedding_DV[...].T
+        return self.constrain(weight_VD, "vocab", None)
+
+    def logits(self, x_BTD: jax.Array, unembedding_VD: jax.Array | None = None) -> jax.Array:
+        """Returns logits_BTV in float32 from the normed hidden state.
+
+        Args:
+          x_BTD: slice of the rows.
+          unembedding_VD: what `unembedding` returned, for a caller that needs the logits of many slices.
+        """
+        if unembedding_VD is None:
+            unembedding_VD = self.unembedding()
         logits_BTV = jnp.einsum(
-            f"btd,{dims}->btv", x_BTD, weight[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32
+            "btd,vd->btv", x_BTD, unembedding_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
         logits_BTV = self.constrain(logits_BTV, "batch", "length", "vocab")
         if self.logits_soft_cap:

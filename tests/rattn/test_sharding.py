@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +47,27 @@ def test_two_dims_on_one_axis_are_refused():
     with pytest.raises(UserError, match=r"Dims \('embed', 'mlp'\) put mesh axis 'fsdp' on two dims"):
         ShardingRules(mlp="fsdp").spec(("embed", "mlp"))
     assert ShardingRules().spec(("batch", "length", None)) == P(("data", "fsdp"), "seq", None)
+
+
+@pytest.fixture
+def two_slices(monkeypatch):
+    """The eight devices of two TPU slices, none of which is there."""
+    for name, value in {"TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2", num_slices=2).devices
+
+
+def test_slices_are_joined_along_data(two_slices):
+    mesh = make_mesh(config_of(data=2, fsdp=2, seq=2).mesh, two_slices)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert slices.shape == (2, 2, 2, 1)
+    assert [set(part.flat) for part in slices] == [{0}, {1}]
+    with pytest.raises(UserError, match=r"config.mesh.data is 1 and there are 2 slices; make it a multiple"):
+        make_mesh(config_of(fsdp=8).mesh, two_slices)
+    one = [device for device in two_slices if device.slice_index == 0]
+    assert make_mesh(config_of(fsdp=2, model=2).mesh, one).devices.shape == (1, 2, 1, 2)
 
 
 def test_sizes_that_do_not_divide_get_a_sentence():
