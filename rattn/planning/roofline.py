@@ -180,21 +180,29 @@ def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory:
 
 
 def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], slices: int) -> dict[str, float]:
-    """Bytes that one device receives in a step, by what they are and by network ("ici …", "dcn …")."""
+    """Bytes that one device receives in a step, by what they are and by network ("ici …", "dcn …").
+
+    As the compiled step has it: gradients are all-reduced, where a scatter would send half as much.
+    """
     model = config.model
     itemsize = accounting.compute_itemsize(model)
-    weights = (accounting.matrix_parameters(spec) + model.vocab_size * model.width) / mesh["model"]
+    matrices = accounting.matrix_parameters(spec) / mesh["model"]
+    embedding = model.vocab_size * model.width / mesh["model"]
     rows = config.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * config.context_length / mesh["seq"]
     passes = 1 + recomputed_forwards(model)[0]
     fsdp, seq, tensor = (_share(mesh[axis]) for axis in ("fsdp", "seq", "model"))
     inside, outside = _share(mesh["data"] // slices * mesh["seq"]), _share(slices)
-    # Forward and backward gather once each: what the backward recomputes reads the weights that it gathered.
+    # A layer's weights are gathered forward and back. What is recomputed gathers them too, but in the last layer of a
+    # block, which goes back at once.
+    gathers = 2 if model.remat == "none" else 3 - 1 / len(model.pattern)
+    # The embedding's gradient has two parts: the look-up's, and the unembedding's in float32.
+    gradients = matrices * itemsize + embedding * (itemsize + accounting.FLOAT32_BYTES)
     result = {
-        "ici weights": 2 * weights * itemsize * fsdp,
-        "ici gradients": weights * accounting.FLOAT32_BYTES * (fsdp + 2 / mesh["fsdp"] * inside),
+        "ici weights": (gathers * matrices + embedding) * itemsize * fsdp,
+        "ici gradients": 2 * gradients * (fsdp + inside / mesh["fsdp"]),
         "ici activations": 2 * (passes + 1) * model.layers * 2 * tensor * tokens * model.width * itemsize,
-        "dcn gradients": 2 * weights / mesh["fsdp"] * accounting.FLOAT32_BYTES * outside,
+        "dcn gradients": 2 * gradients / mesh["fsdp"] * outside,
     }
     kinds = accounting.layer_kinds(model)
     local = len(kinds) - kinds.count("full")
