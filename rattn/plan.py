@@ -55,8 +55,17 @@ def main(config: ConfigDict, recipe: str) -> int:
     if values.compile:
         print("\n" + report.compiled_text(rows))
     if values.json:
-        pathlib.Path(values.json).write_text(json.dumps(report.as_json(rows, tokens), indent=2) + "\n")
+        _write_json(values.json, report.as_json(rows, tokens))
     return 0
+
+
+def _write_json(path: str, figures: dict) -> None:
+    try:
+        pathlib.Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--json {path} cannot be written ({error.strerror}); name a file in a folder that is there."
+        ) from error
 
 
 def _mixers(names: list[str]) -> list[str]:

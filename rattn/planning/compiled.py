@@ -109,7 +109,8 @@ def compiled_figures(config: ConfigDict, topology: Topology) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         needed = _needed_bytes(str(error))
         if needed is None:
-            raise
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"The TPU compiler refused the step for {topology}: {reason[:300]}") from error
         return Compiled(False, 0, needed, needed, 0, 0, (), time.monotonic() - started)
     memory = executable.memory_analysis()
     return Compiled(
