@@ -36,7 +36,7 @@ def softmax_attention_over(axis: str, attention: Attention) -> Attention:
             k_BSKH, v_BSKH = _gather(k_BTKH, axis), _gather(v_BTKH, axis)
             ids_BS = _gathered_ids(kv_segment_ids, axis)
         else:
-            # The window needs W - 1 keys; W are whole blocks more often, and what the linear branch needs.
+            # W - 1 keys would do. W fill whole blocks more often, and the linear branch asks for the same halo of v.
             length = _halo_length(k_BTKH, window, axis)
             k_BSKH, v_BSKH = (_with_halo(x, length, axis) for x in (k_BTKH, v_BTKH))
             ids_BS = _ids_with_halo(kv_segment_ids, length, axis)
