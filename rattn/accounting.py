@@ -160,10 +160,12 @@ def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int
     chunk = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
     vocabulary = model.vocab_size / mesh["model"]
     loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
-    layers = len(model.pattern)
-    weights = 2 * matrix_parameters(spec) / model.layers * layers / mesh["model"] * itemsize
-    block = 0 if model.remat == "none" else tokens * itemsize * layer_activations(model) * layers / mesh["model"]
-    return max(loss, weights + block)
+    recomputed = 0 if model.remat == "none" else layer_activations(model) * len(model.pattern) * itemsize
+    # Adjusted on two compiled steps (docs/forecast.md): the layer that goes back holds three float32 copies of its
+    # feed-forward width, and weights are gathered, and their gradients reduced, for three layers at a time.
+    going_back = 3 * model.mlp_width * FLOAT32_BYTES
+    weights = 3 * matrix_parameters(spec) / model.layers * itemsize
+    return max(loss, (tokens * (recomputed + going_back) + weights) / mesh["model"])
 
 
 def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_itemsize: int = 2) -> dict[str, int]:

@@ -16,6 +16,7 @@ from rattn.planning import paper, report, roofline
 from rattn.planning.collectives import by_kind, find_collectives
 from rattn.planning.forecast import forecast, variants
 from rattn.planning.topologies import parse_topology
+from scripts import plan_table
 
 RECIPE_12B = "configs/rattn_12b.py"
 
@@ -91,11 +92,13 @@ def test_network_bytes_by_hand():
     """Two slices of four devices over fsdp: what a ring moves for every weight and gradient."""
     config = small_config(mesh__data=2, mesh__fsdp=4)
     spec = model_spec(config.model)
-    weights = accounting.matrix_parameters(spec) + config.model.vocab_size * config.model.width
+    matrices = accounting.matrix_parameters(spec)
+    embedding = config.model.vocab_size * config.model.width
     mesh = {"data": 2, "fsdp": 4, "seq": 1, "model": 1}
     received = roofline.network_bytes(config, spec, mesh, slices=2)
-    assert received["ici weights"] == pytest.approx(2 * weights * 4 * 3 / 4)
-    assert received["dcn gradients"] == pytest.approx(2 * (weights / 4) * 4 * 1 / 2)
+    assert received["ici weights"] == pytest.approx((2 * matrices + embedding) * 4 * 3 / 4)
+    assert received["ici gradients"] == pytest.approx(2 * (matrices + 2 * embedding) * 4 * 3 / 4)
+    assert received["dcn gradients"] == pytest.approx(2 * (matrices + 2 * embedding) / 4 * 4 * 1 / 2)
     assert received["ici sequence"] == received["ici activations"] == 0
 
 
@@ -305,3 +308,14 @@ def test_the_compiler_judges_a_small_step(tmp_path):
     assert found["argument_bytes"] < found["total_bytes"]
     # Weights are gathered over fsdp in the forward and in the backward pass.
     assert found["collectives"]["all-gather"]["bytes"] > 0
+
+
+def test_memory_formula_agrees_with_the_compiler():
+    """Against what the compiler said of the paper's models, kept by `python -m scripts.plan_table`."""
+    kept = json.loads(plan_table.KEPT.read_text())
+    checked = [case for case in plan_table.PAPER + plan_table.OTHERS if str(case) in kept]
+    assert {case.model for case in checked} == {"3b", "12b"}
+    for case in checked:
+        row, found = case.row(), kept[str(case)]
+        assert row.fits == found["fits"], case
+        assert sum(row.memory.values()) == pytest.approx(found["total_bytes"], rel=0.15), case
