@@ -37,7 +37,11 @@ def first_state(config):
     spec = model_spec(config.model)
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
     parameters = initial_parameters(config.model, 0)
-    state = {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+    state = {
+        "parameters": parameters,
+        "optimizer": jax.jit(optimizer.init)(parameters),
+        "step": jnp.zeros((), jnp.int32),
+    }
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     return jax.jit(make_train_step(config, spec, optimizer, schedule)), state
 
@@ -68,7 +72,7 @@ def test_decay_reaches_matrices_and_nothing_else(config):
     optimizer = make_optimizer(config.optimizer, 10, spec.logical)
     parameters = initial_parameters(config.model, 0)
     zero = jax.tree.map(jnp.zeros_like, parameters)
-    updates, _ = optimizer.update(zero, optimizer.init(parameters), parameters)
+    updates, _ = jax.jit(lambda zero: optimizer.update(zero, optimizer.init(parameters), parameters))(zero)
     for path, update in flatten(updates).items():
         wanted = -0.5 * 0.2 * np.asarray(flatten(parameters)[path]) if path in decayed else 0.0
         np.testing.assert_allclose(np.asarray(update), wanted, atol=1e-7)
