@@ -164,8 +164,9 @@ def linear_seconds(config: ConfigDict, topology: Topology, kernel: LinearKernel)
 def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory: dict[str, float]) -> float:
     """Bytes that a step moves through one device's memory.
 
-    Float32 state is read and written once; gathered weights are written and read once a pass; activations are written
-    and read in every pass over a layer, twice in the backward; logits are written and read in every pass.
+    Float32 state is read and written once; gathered weights are written and read once a pass; what goes into and comes
+    out of matrix products and kernels is written and read in every pass over a layer, twice in the backward; logits are
+    written and read in every pass. Everything else is taken to be fused into these.
     """
     model = config.model
     itemsize = accounting.compute_itemsize(model)
@@ -174,7 +175,9 @@ def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory:
     state = 2 * (memory["parameters"] + memory["optimizer"] + memory["gradients"])
     gathered = accounting.matrix_parameters(spec) / mesh["model"] * itemsize
     weights = gathered * 2 * (3 + matrices_again)
-    inside = accounting.layer_activations(model) * model.layers / mesh["model"] * tokens * itemsize
+    N, K, H = model.query_heads, model.kv_heads, model.head_dim
+    layer = 4 * model.width + (2 * (N + 2 * K) + 3 * N) * H + 3 * model.mlp_width
+    inside = layer * model.layers / mesh["model"] * tokens * itemsize
     logits = model.vocab_size / mesh["model"] * tokens * accounting.FLOAT32_BYTES
     return state + weights + 2 * inside * (3 + matrices_again) + 2 * logits * (2 + bool(config.loss.chunk_tokens))
 
