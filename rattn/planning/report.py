@@ -76,7 +76,8 @@ def _verdicts(rows: list[Row], tokens: float) -> str:
 def verdict(row: Row) -> str:
     """Whether the step fits, and the largest batch that does."""
     largest = f"largest batch {row.largest_batch:,}" if row.largest_batch else "no batch does on this mesh"
-    return f"{'fits' if row.fits else 'DOES NOT FIT'}, {largest}"
+    limit = row.topology.chip.hbm_bytes_per_device / GIB
+    return f"{'fits' if row.fits else 'does not fit'} in {limit:.2f} GiB, {largest}"
 
 
 def _memory(rows: list[Row]) -> str:

@@ -105,9 +105,14 @@ class StepTime:
         return max(self.mxu / self.efficiency + self.linear, self.hbm, self.ici, self.dcn) + self.fixed
 
 
-def recomputed_forwards(model: ConfigDict) -> tuple[float, float]:
-    """Returns how often the backward pass repeats (the matrix products, the attention) of the forward."""
-    return {"none": (0, 0), "block": (1, 1), "save_attention": (1, 0), "offload": (1, 1)}[model.remat]
+def forwards_again(model: ConfigDict, part: str) -> int:
+    """How often the backward pass repeats the forward of "matrices", "softmax" or "linear".
+
+    Saved attention outputs spare splash its forward kernel; that of the linear branch runs again for its states.
+    """
+    if model.remat == "none" or (model.remat, part) == ("save_attention", "softmax"):
+        return 0
+    return 1
 
 
 def keys_computed(context_length: int, window: int | None) -> float:
@@ -127,7 +132,6 @@ def mxu_flops(config: ConfigDict, spec: ModelSpec, seq_shards: int = 1) -> float
     """
     model, T = config.model, config.context_length
     tokens = config.batch_size * T
-    matrices_again, attention_again = recomputed_forwards(model)
     kinds = accounting.layer_kinds(model)
     window_layers = kinds.count("swa") + kinds.count("rattention")
     keys = window_layers * keys_computed(T, model.window) if model.window else 0.0
@@ -136,9 +140,9 @@ def mxu_flops(config: ConfigDict, spec: ModelSpec, seq_shards: int = 1) -> float
     attention = 4.0 * model.query_heads * model.head_dim * keys
     logits_again = 1 if config.loss.chunk_tokens else 0
     return tokens * (
-        (3 + matrices_again) * forward["matrices"]
+        (3 + forwards_again(model, "matrices")) * forward["matrices"]
         + (3 + logits_again) * forward["unembedding"]
-        + (1 + attention_again + ATTENTION_BACKWARD) * attention
+        + (1 + forwards_again(model, "softmax") + ATTENTION_BACKWARD) * attention
     )
 
 
@@ -153,7 +157,7 @@ def linear_seconds(config: ConfigDict, topology: Topology, kernel: LinearKernel)
     kinds = accounting.layer_kinds(model)
     layers = kinds.count("linear") + kinds.count("rattention")
     cycles = kernel.cycles(
-        1 + recomputed_forwards(model)[1],
+        1 + forwards_again(model, "linear"),
         config.batch_size * config.context_length,
         model.query_heads,
         accounting.feature_dim(model) * model.head_dim,
@@ -171,15 +175,15 @@ def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory:
     model = config.model
     itemsize = accounting.compute_itemsize(model)
     tokens = config.batch_size * config.context_length / (mesh["data"] * mesh["fsdp"] * mesh["seq"])
-    matrices_again, _ = recomputed_forwards(model)
+    passes = 3 + forwards_again(model, "matrices")
     state = 2 * (memory["parameters"] + memory["optimizer"] + memory["gradients"])
     gathered = accounting.matrix_parameters(spec) / mesh["model"] * itemsize
-    weights = gathered * 2 * (3 + matrices_again)
+    weights = gathered * 2 * passes
     N, K, H = model.query_heads, model.kv_heads, model.head_dim
     layer = 4 * model.width + (2 * (N + 2 * K) + 3 * N) * H + 3 * model.mlp_width
     inside = layer * model.layers / mesh["model"] * tokens * itemsize
     logits = model.vocab_size / mesh["model"] * tokens * accounting.FLOAT32_BYTES
-    return state + weights + 2 * inside * (3 + matrices_again) + 2 * logits * (2 + bool(config.loss.chunk_tokens))
+    return state + weights + 2 * inside * passes + 2 * logits * (2 + bool(config.loss.chunk_tokens))
 
 
 def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], slices: int) -> dict[str, float]:
@@ -193,7 +197,7 @@ def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], sli
     embedding = model.vocab_size * model.width / mesh["model"]
     rows = config.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * config.context_length / mesh["seq"]
-    passes = 1 + recomputed_forwards(model)[0]
+    passes = 1 + forwards_again(model, "matrices")
     fsdp, seq, tensor = (_share(mesh[axis]) for axis in ("fsdp", "seq", "model"))
     inside, outside = _share(mesh["data"] // slices * mesh["seq"]), _share(slices)
     # A layer's weights are gathered forward and back. What is recomputed gathers them too, but in the last layer of a

@@ -248,7 +248,7 @@ def test_report_states_the_calibration_and_json_round_trips():
         forecast(variant, parse_topology("v5p:4x8x8")) for variant in variants(config, ["full", "rattention"], [512])
     ]
     text = report.text(rows, 1e12)
-    for words in ("fits, largest batch", "Calibration", "last sees 1.75 times", "the fixed cost is not understood"):
+    for words in ("fits in 95.73 GiB, largest batch", "Calibration", "last sees 1.75 times", "the fixed cost is not understood"):
         assert words.lower() in text.lower()
     figures = json.loads(json.dumps(report.as_json(rows, 1e12)))
     assert [row["mixer"] for row in figures["rows"]] == ["full", "rattention"]
