@@ -5,10 +5,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from rattn.config import load_config, to_json, validate
 from rattn.model.parameters import flatten, model_spec
-from rattn.sharding import ShardingRules
+from rattn.sharding import AXES, Sharding, ShardingRules
 from tests.runs import STEPS, lines
 
 GOLDENS = pathlib.Path("tests/goldens")
@@ -44,6 +45,23 @@ def test_parameter_shapes_and_partition_specs(recipe, golden):
     ]
     text = "\n".join(rows) + "\n"
     assert text == golden(f"{recipe}.parameters.txt", text)
+
+
+@pytest.mark.parametrize(("recipe", "v6e_slices"), [("rattn_3b", 2), ("rattn_12b", 4)])
+def test_parameter_shards_on_both_pods(recipe, v6e_slices, golden):
+    """What each device of the paper's pods holds, fsdp over 256 devices and the rest along data."""
+    config = load_config(f"configs/{recipe}.py")
+    spec = model_spec(config.model)
+    for pod, devices in (("v5p-8x8x8", 512), (f"v6e-16x16-x{v6e_slices}", 256 * v6e_slices)):
+        sizes = (devices // config.mesh.fsdp, config.mesh.fsdp, config.mesh.seq, config.mesh.model)
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        shardings = flatten(Sharding(mesh).parameters(spec.logical, spec.shapes))
+        rows = [f"mesh {dict(zip(AXES, sizes, strict=True))}"] + [
+            f"{path}  {tuple(leaf.shape)}  {tuple(shardings[path].spec)}  a device {shardings[path].shard_shape(leaf.shape)}"
+            for path, leaf in flatten(spec.shapes).items()
+        ]
+        text = "\n".join(rows) + "\n"
+        assert text == golden(f"{recipe}.{pod}.parameters.txt", text)
 
 
 def test_a_hundred_losses(whole, golden):
