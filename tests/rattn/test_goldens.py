@@ -57,7 +57,7 @@ def test_parameter_shards_on_both_pods(recipe, v6e_slices, golden):
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         shardings = flatten(Sharding(mesh).parameters(spec.logical, spec.shapes))
         rows = [f"mesh {dict(zip(AXES, sizes, strict=True))}"] + [
-            f"{path}  {tuple(leaf.shape)}  {tuple(shardings[path].spec)}  a device {shardings[path].shard_shape(leaf.shape)}"
+            f"{path}  {leaf.shape}  {tuple(shardings[path].spec)}  a device {shardings[path].shard_shape(leaf.shape)}"
             for path, leaf in flatten(spec.shapes).items()
         ]
         text = "\n".join(rows) + "\n"
