@@ -105,7 +105,7 @@ def _times(computations: dict[str, _Computation], entry: str) -> collections.Cou
         for _, opcode, rest in computations[name].instructions.values():
             if opcode == "while":
                 condition, body = _LOOP.search(rest).groups()
-                times[body] += times[name] * _trips(computations, condition, rest)
+                times[body] += times[name] * _trips(computations[name], computations[condition], rest)
                 continue
             called = _CALLED.findall(rest)
             for branches in _BRANCHES.findall(rest):
@@ -115,18 +115,33 @@ def _times(computations: dict[str, _Computation], entry: str) -> collections.Cou
     return times
 
 
-def _trips(computations: dict[str, _Computation], condition: str, loop: str) -> int:
-    """Trip count of a loop that counts up from zero, 1 where it cannot be read."""
-    known = re.search(r'known_trip_count":?\s*=?\{"?n"?:"?(\d+)', loop)
-    if known:
+def _trips(caller: _Computation, condition: _Computation, loop: str) -> int:
+    """Trip count of a loop whose counter runs up by one, 1 where it cannot be read.
+
+    The condition compares an element of the loop's tuple with the limit; the counter starts where the tuple that the
+    loop is given has it, which is not 0 if the compiler has peeled the first turns off.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)', loop):
         return int(known[1])
-    instructions = computations[condition].instructions
-    limits = [
-        int(found[1])
-        for _, opcode, rest in instructions.values()
-        if opcode == "constant" and (found := re.match(r"(\d+)\)", rest))
-    ]
-    return limits[0] if len(limits) == 1 else 1
+    compared = re.match(r"%([\w.\-]+), %([\w.\-]+)\)", condition.instructions[condition.root][2])
+    if not compared:
+        return 1
+    limit = _constant(condition, compared[2])
+    element = re.search(r"index=(\d+)", condition.instructions[compared[1]][2])
+    given = caller.instructions.get(loop.partition(")")[0].lstrip("%"))
+    if limit is None or not element or not given or given[1] != "tuple":
+        return limit or 1
+    start = _constant(caller, re.findall(r"%([\w.\-]+)", given[2].partition(")")[0])[int(element[1])])
+    return limit - (start or 0)
+
+
+def _constant(computation: _Computation, name: str) -> int | None:
+    """Value of an integer constant, perhaps copied, or None."""
+    _, opcode, rest = computation.instructions.get(name, ("", "", ""))
+    if opcode in ("copy", "bitcast"):
+        return _constant(computation, rest.partition(")")[0].partition(",")[0].lstrip("%"))
+    found = re.match(r"(\d+)\)", rest) if opcode == "constant" else None
+    return int(found[1]) if found else None
 
 
 def _collective(kind: str, result_type: str, rest: str, scattered: bool) -> Collective:

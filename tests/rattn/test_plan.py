@@ -212,7 +212,7 @@ HloModule jit_step
 }
 
 %condition (state: (s32[], bf16[8,16])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(14)
+  %limit = s32[]{:T(128)} constant(15)
   %state = (s32[], bf16[8,16]) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
@@ -220,7 +220,10 @@ HloModule jit_step
 
 ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %p = bf16[8,16]{1,0} parameter(0)
-  %loop = (s32[], bf16[8,16]) while(%p), condition=%condition, body=%body
+  %one = s32[]{:T(128)} constant(1)
+  %start = s32[]{:T(128)} copy(%one)
+  %first = (s32[]{:T(128)}, bf16[8,16]{1,0}) tuple(%start, %p)
+  %loop = (s32[], bf16[8,16]) while(%first), condition=%condition, body=%body
   %reduce = (f32[100]{0:T(128)}, /*index=1*/f32[28]{0}) all-reduce(%p, %p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %permute = bf16[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
   %out = (bf16[8,16]{1,0}, u32[], token[]) send(%p), channel_id=7, is_host_transfer=true
@@ -248,7 +251,12 @@ def test_report_states_the_calibration_and_json_round_trips():
         forecast(variant, parse_topology("v5p:4x8x8")) for variant in variants(config, ["full", "rattention"], [512])
     ]
     text = report.text(rows, 1e12)
-    for words in ("fits in 95.73 GiB, largest batch", "Calibration", "last sees 1.75 times", "the fixed cost is not understood"):
+    for words in (
+        "fits in 95.73 GiB, largest batch",
+        "Calibration",
+        "last sees 1.75 times",
+        "the fixed cost is not understood",
+    ):
         assert words.lower() in text.lower()
     figures = json.loads(json.dumps(report.as_json(rows, 1e12)))
     assert [row["mixer"] for row in figures["rows"]] == ["full", "rattention"]
