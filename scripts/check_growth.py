@@ -2,10 +2,10 @@
 
     python -m scripts.check_growth [--mixer rattention] [--contexts 8192,32768,131072]
 
-Compiles a model of local layers alone for a v5p slice that need not be there, with rows cut over `seq`=8, and prints what
-one device does for a token of its own: FLOPs and bytes as the compiler counts them (kernels by their cost estimates),
-temporaries, and the bytes received in collectives that are not weights' or gradients'. Exits with 1 where FLOPs or
-temporaries grow by more than 2 %, or the collectives' bytes at all.
+Compiles a model of local layers alone for a v5p slice that need not be there, with rows cut over `seq`=8; prints what
+one device does for a token of its own: FLOPs and bytes as the compiler counts them (kernels by their cost estimates)
+and temporaries; beside it the bytes received in collectives but all-reduces, which are the weights' gradients. Exits
+with 1 where FLOPs or temporaries grow by more than 2 %, or the collectives' bytes at all.
 """
 
 import argparse
@@ -28,9 +28,8 @@ def main() -> int:
     options = parser.parse_args()
     platform.configure()
     rows = []
-    print(
-        f"{'context':>8} {'FLOPs a token':>14} {'bytes a token':>14} {'temporaries a token':>20} {'received':>12} {'compile':>8}"
-    )
+    heads = ("context", "FLOPs a token", "bytes a token", "temporaries a token", "received", "compile")
+    print("{:>8} {:>14} {:>14} {:>20} {:>12} {:>8}".format(*heads))
     for context in map(int, options.contexts.split(",")):
         config = load_config("configs/rattn_3b.py", f"context={context},window=512")
         config.model.update(width=512, layers=2, query_heads=8, kv_heads=2, mlp_width=1536, vocab_size=1024)
