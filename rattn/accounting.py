@@ -115,9 +115,10 @@ def memory_by_part(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: 
       shardings: the same tree of NamedShardings.
     """
     held = {name: _bytes_per_device(shapes[name], shardings[name]) for name in ("parameters", "optimizer")}
-    mesh = jax.tree.leaves(shardings["parameters"])[0].mesh.shape
-    rest = {"gradients": held["parameters"], "activations": _kept_bytes(config, mesh)}
-    return held | rest | {"temporaries": _temporary_bytes(config, spec, mesh)}
+    mesh = jax.tree.leaves(shardings["parameters"])[0].mesh
+    slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
+    rest = {"gradients": held["parameters"], "activations": _kept_bytes(config, mesh.shape)}
+    return held | rest | {"temporaries": _temporary_bytes(config, spec, mesh.shape, slices)}
 
 
 def _bytes_per_device(shapes: Any, shardings: Any) -> float:
@@ -153,19 +154,22 @@ def _kept_bytes(config: ConfigDict, mesh: Mapping[str, int]) -> float:
     return tokens * itemsize * (stream + saved * model.query_heads * model.head_dim / mesh["model"])
 
 
-def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int]) -> float:
-    """The larger of two moments: the loss of a chunk of tokens, and the backward pass through one block."""
+def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int], slices: int) -> float:
+    """The largest of three moments: a chunk's loss, the backward pass through a block, the embedding's gradients."""
     model = config.model
     tokens, itemsize = _tokens_per_device(config, mesh), compute_itemsize(model)
     chunk = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
     vocabulary = model.vocab_size / mesh["model"]
     loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
+    # The look-up's gradient twice and the unembedding's, which slices exchange whole and so hold twice.
+    embedding = vocabulary * model.width * (2 * itemsize + min(slices, 2) * FLOAT32_BYTES)
     recomputed = 0 if model.remat == "none" else layer_activations(model) * len(model.pattern) * itemsize
-    # Adjusted on two compiled steps (docs/forecast.md): the layer that goes back holds three float32 copies of its
+    # Adjusted on three compiled steps (docs/forecast.md): the layer that goes back holds three float32 copies of its
     # feed-forward width, and weights are gathered, and their gradients reduced, for three layers at a time.
     going_back = 3 * model.mlp_width * FLOAT32_BYTES
     weights = 3 * matrix_parameters(spec) / model.layers * itemsize
-    return max(loss, (tokens * (recomputed + going_back) + weights) / mesh["model"])
+    block = (tokens * (recomputed + going_back) + weights) / mesh["model"]
+    return max(loss, block, embedding)
 
 
 def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_itemsize: int = 2) -> dict[str, int]:

@@ -25,6 +25,7 @@ class _StandIn:
     """A device that only counts: formulas need a mesh's shape, and no libtpu."""
 
     id: int
+    slice_index: int
     platform: str = "cpu"
     process_index: int = 0
     device_kind: str = "stand-in"
@@ -120,7 +121,7 @@ def forecast(config: ConfigDict, topology: Topology) -> Row:
     Raises:
       UserError: the mesh does not fit the slices, or sizes do not divide over it.
     """
-    sharding = Sharding(make_mesh(config.mesh, [_StandIn(index) for index in range(topology.devices)]))
+    sharding = Sharding(make_mesh(config.mesh, _stand_ins(topology)))
     mesh = dict(sharding.mesh.shape)
     if mesh["data"] % topology.slices:
         raise UserError(
@@ -153,6 +154,11 @@ def forecast(config: ConfigDict, topology: Topology) -> Row:
             )
         },
     )
+
+
+def _stand_ins(topology: Topology) -> list[_StandIn]:
+    per_slice = topology.devices // topology.slices
+    return [_StandIn(index, index // per_slice) for index in range(topology.devices)]
 
 
 def _largest_batch(
