@@ -163,12 +163,12 @@ def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int
     loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
     # The look-up's gradient twice and the unembedding's, which slices exchange whole and so hold twice.
     embedding = vocabulary * model.width * (2 * itemsize + min(slices, 2) * FLOAT32_BYTES)
-    recomputed = 0 if model.remat == "none" else layer_activations(model) * len(model.pattern) * itemsize
-    # Adjusted on three compiled steps (docs/forecast.md): the layer that goes back holds three float32 copies of its
-    # feed-forward width, and weights are gathered, and their gradients reduced, for three layers at a time.
-    going_back = 3 * model.mlp_width * FLOAT32_BYTES
-    weights = 3 * matrix_parameters(spec) / model.layers * itemsize
-    block = (tokens * (recomputed + going_back) + weights) / mesh["model"]
+    # What a block recomputes, its gathered weights, and the embedding, which stays whole from the forward pass on.
+    # Adjusted on compiled steps: docs/forecast.md says which.
+    layers = len(model.pattern)
+    recomputed = 0 if model.remat == "none" else layer_activations(model) * layers / mesh["model"]
+    weights = matrix_parameters(spec) / model.layers * layers / mesh["model"]
+    block = itemsize * (tokens * recomputed + weights + vocabulary * model.width)
     return max(loss, block, embedding)
 
 

@@ -74,13 +74,13 @@ PAPER = (
     Case("3b", 4096, "v6e:16x16", 2),
     Case("12b", 4096, "v6e:16x16", 4, fitted=True),
     Case("3b", 8192, "v5p:8x8x8"),
-    Case("12b", 8192, "v5p:8x8x8"),
+    Case("12b", 8192, "v5p:8x8x8", fitted=True),
     Case("3b", 8192, "v6e:16x16", 2),
     Case("12b", 8192, "v6e:16x16", 4),
 )
 OTHERS = (
     Case("3b", 4096, "v5p:8x8x8", changes=(("model.remat", "save_attention"),)),
-    Case("3b", 8192, "v5p:8x8x8", changes=(("model.remat", "offload"),)),
+    Case("3b", 8192, "v5p:8x8x8", fitted=True, changes=(("model.remat", "offload"),)),
     Case("12b", 4096, "tpu7x:4x4x8", changes=(("batch_size", 512),)),
     Case("3b", 32_768, "v5p:8x8x8", changes=(("batch_size", 128), ("mesh.fsdp", 64), ("mesh.seq", 8))),
 )
