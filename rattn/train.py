@@ -79,7 +79,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
     try:
         state, first_step = _restore(checkpoints, shapes, shardings, meta)
         if state is None:
-            initialise = lambda: _initial_state(config, optimizer)  # noqa: E731
+            initialise = functools.partial(_initial_state, config, optimizer)
             state, first_step = jax.jit(initialise, out_shardings=shardings)(), 0
         if first_step >= config.total_steps:
             multihost.say(f"The run is complete at step {first_step}; to train longer, raise config.total_steps.")
