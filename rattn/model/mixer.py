@@ -52,8 +52,14 @@ class Mixer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
         """Returns [B, T, D] in x's dtype; tokens see only their own document."""
+        return self.merge(*self.branches(x_BTD, segment_ids_BT))
+
+    def branches(
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns the softmax and the linear o_BTNH before their norms; None for the branch that `kind` has not."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
-        branches = []
+        softmax_BTNH = linear_BTNH = None
         q_normed, k_normed = (self.q_norm(q_BTNH), self.k_norm(k_BTKH)) if self.qk_norm else (q_BTNH, k_BTKH)
         segments = {"q_segment_ids": segment_ids_BT, "kv_segment_ids": segment_ids_BT}
         if self.has_softmax:
@@ -61,16 +67,24 @@ class Mixer(nnx.Module):
             if self.rope_theta is not None:
                 positions = jnp.arange(x_BTD.shape[1])
                 q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
-            o_BTNH = checkpoint_name(self._softmax(q, k, v_BTKH, segments), ATTENTION_OUTPUT)
-            branches.append(self.softmax_norm(o_BTNH) if self.has_linear else o_BTNH)
+            softmax_BTNH = checkpoint_name(self._softmax(q, k, v_BTKH, segments), ATTENTION_OUTPUT)
         if self.has_linear:
             q, k = (q_normed, k_normed) if self.feature_map_after_qk_norm else (q_BTNH, k_BTKH)
-            o_BTNH = self.operators.linear_attention(
+            linear_BTNH = self.operators.linear_attention(
                 q, k, v_BTKH, window=self.linear_window, feature_map=self.feature_map, **segments
             )
-            o_BTNH = checkpoint_name(o_BTNH, ATTENTION_OUTPUT)
-            branches.append(self.linear_norm(o_BTNH))
-        return jnp.einsum("btnh,nhd->btd", sum(branches[1:], branches[0]), self.out_NHD[...].astype(x_BTD.dtype))
+            linear_BTNH = checkpoint_name(linear_BTNH, ATTENTION_OUTPUT)
+        return softmax_BTNH, linear_BTNH
+
+    def merge(self, softmax_BTNH: jax.Array | None, linear_BTNH: jax.Array | None) -> jax.Array:
+        """Returns [B, T, D] from what `branches` returned: each branch normed where `kind` says so, then projected."""
+        normed = []
+        if softmax_BTNH is not None:
+            normed.append(self.softmax_norm(softmax_BTNH) if self.has_linear else softmax_BTNH)
+        if linear_BTNH is not None:
+            normed.append(self.linear_norm(linear_BTNH))
+        o_BTNH = sum(normed[1:], normed[0])
+        return jnp.einsum("btnh,nhd->btd", o_BTNH, self.out_NHD[...].astype(o_BTNH.dtype))
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         dtype, constrain = x_BTD.dtype, self.operators.constrain
