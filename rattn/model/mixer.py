@@ -54,9 +54,7 @@ class Mixer(nnx.Module):
         """Returns [B, T, D] in x's dtype; tokens see only their own document."""
         return self.merge(*self.branches(x_BTD, segment_ids_BT))
 
-    def branches(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def branches(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns the softmax and the linear o_BTNH before their norms; None for the branch that `kind` has not."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
         softmax_BTNH = linear_BTNH = None
