@@ -1,0 +1,1 @@
+"""What `rattn.evaluate` measures: losses by window, length, position and recall distance."""

@@ -1,0 +1,56 @@
+"""The file that `python -m rattn.evaluate` writes: one JSON object.
+
+    {
+      "format": 1,
+      "workdir": "runs/small",            the run that was evaluated
+      "step": 3000,                       of the checkpoint
+      "device": "NVIDIA H100 80GB HBM3",  what the evaluation ran on
+      "devices": 1,
+      "config": {...},                    the resolved config, with the overrides given to rattn.evaluate
+      "data_fingerprint": "…",            of the evaluated data
+      "parameters": 24123456,             scalars, all
+      "parameters_by_part": {"embedding": …, "mixers": …, "feed-forward": …, "norms": …},
+      "tokens_seen": 196608000,           step × batch_size × context_length; a run that began with everything of
+                                          another (config.init_from) counts that one's too
+      "epochs": 4.27,                     passes over the most often read source
+      "training": {...} or null,          null where the workdir has no usable metrics.jsonl
+      "measured": [{...}, …]              one entry for each (window, length), windows outermost, in the order asked
+    }
+
+`training` is read from metrics.jsonl: medians over the logged steps, without the first tenth of them.
+
+    {"tokens_per_second": 512345.6, "step_seconds": 0.128, "mfu": 0.41 or null, "logged_steps": 270,
+     "by_window": {"256": {"tokens_per_second", "step_seconds", "mfu", "logged_steps"}, …}}
+
+`by_window` has the window of the config, or every window that config.model.window_choices drew; the outer values are
+those of the final window (config.model.window).
+
+An entry of `measured`:
+
+    {
+      "window": 256,                      null where no layer has a window (full and linear models: one entry a length)
+      "length": 2,                        multiple of the training context
+      "context_length": 4096,             tokens a row: length × config.context_length
+      "cache_bytes": {"full": …, "window": …, "state": …},   of one sequence of context_length tokens, bf16 keys and
+                                          values and float32 state; their sum is the decode cache
+      "targets": 1048576,                 tokens that count
+      "text_bytes": 3912345,              UTF-8 bytes of their text
+      "nats_per_token": 1.234,            the validation loss
+      "accuracy": 0.71,                   share of targets that are the model's likeliest token
+      "bits_per_byte": 0.4771,
+      "by_context_tokens": [bin, …],      number of tokens of the target's own document that stand before it in the row
+                                          (at least 1): what the model can predict it from; bins of powers of two
+      "by_row_position": [bin, …],        place of the target's last input token in the row, from 1 (documents are
+                                          packed, so this is not what the model can see); 16 equal bins
+      "recall": bin without first and last,                  all recall tokens
+      "recall_by_distance": [bin, …]      recall tokens, by distance to the nearest occurrence; bins of powers of two
+    }
+
+A bin is {"first": 33, "last": 64, "targets": 12345, "nats_per_token": 1.5, "accuracy": 0.6}: both ends belong to it, and
+bins of powers of two are 1, 2, 3–4, 5–8, 9–16, …. A bin without targets is there with null in place of its means, so
+that all entries of one context_length have the same bins. All entries of a file are of the same targets.
+
+A target x_j at distance d = j − i has x_i among the keys of the query that predicts it (at j − 1) exactly where d ≤ W:
+for a window W that is a power of two, the bins with last ≤ W are recall within the window, those with first > W recall
+beyond it. Sums over bins are weighted by `targets`. What a recall token is stands in `rattn.evaluation.recall`.
+"""
