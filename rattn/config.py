@@ -13,6 +13,11 @@ from ml_collections import ConfigDict, config_flags
 
 from rattn.errors import UserError, nearest
 
+
+class UnknownArgument(UserError):
+    """The recipe has no such argument."""
+
+
 MIXERS = ("full", "swa", "rattention", "linear")
 LOCAL_MIXERS = ("swa", "rattention", "linear")
 FEATURE_MAPS = ("softmax", "relu", "identity")
@@ -22,7 +27,7 @@ CHOICES = {
     "model.activation": ("gelu", "silu"),
     "model.feature_map": FEATURE_MAPS,
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block", "save_attention", "offload"),
+    "model.remat": ("none", "block", "save_attention", "save_products", "offload"),
     "optimizer.name": ("adamw", "rmsprop", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd"),
 }
@@ -42,7 +47,7 @@ def parse_arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
         if key not in defaults:
             known = ", ".join(sorted(defaults)) or "none"
             hint = nearest(key, defaults)
-            raise UserError(f"The recipe has no argument {key!r}{hint}; it takes: {known}.")
+            raise UnknownArgument(f"The recipe has no argument {key!r}{hint}; it takes: {known}.")
         kind = type(defaults[key])
         try:
             if not equals:
@@ -77,6 +82,23 @@ def load_config(path: str, arguments: str = "") -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(arguments)
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """Applies `--config.key=value` arguments to `config`, each value read by its key's type; returns it.
+
+    Raises:
+      UserError: an unknown key or a value of another type.
+    """
+    _check_overrides(config, arguments)
+    values = flags.FlagValues()
+    line = ["rattn", *arguments]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
+        values(line)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(str(error).strip().splitlines()[-1]) from None
+    return config
 
 
 def validate(config: ConfigDict) -> ConfigDict:
@@ -161,24 +183,30 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def run_main(main: Callable[[ConfigDict, str], int]) -> None:
+def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
     """Runs an entry point: `--config recipe.py:arguments` and overrides in, an exit status out.
 
-    `main` gets the valid config and the recipe's file name without its suffix. A `UserError` is printed as its sentence
-    and becomes status 1; so does a flag that absl does not know.
+    `main` gets the valid config and the recipe's file name without its suffix; without `needs_config`, None and "" where
+    there is no --config. A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl does
+    not know.
     """
 
     def guarded(_: list[str]) -> int:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
+        if not recipe:
+            return main(None, "")
         return main(validate(flags.FLAGS.config), pathlib.Path(recipe.partition(":")[0]).stem)
 
     try:
-        recipe, rest = _take_recipe(sys.argv)
-        path, _, arguments = recipe.partition(":")
-        config = load_config(path, arguments)
-        _check_overrides(config, rest)
-        config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
+        recipe, rest = take_recipe(sys.argv)
+        if recipe:
+            path, _, arguments = recipe.partition(":")
+            config = load_config(path, arguments)
+            _check_overrides(config, rest)
+            config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
+        elif needs_config:
+            raise UserError("There is no --config; name a recipe, such as --config configs/tiny.py.")
         app.run(guarded, argv=rest, flags_parser=lambda arguments: flags.FLAGS(list(arguments)))
     except UserError as error:
         sys.exit(f"rattn: {error}")
@@ -188,9 +216,9 @@ def run_main(main: Callable[[ConfigDict, str], int]) -> None:
         raise
 
 
-def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Splits the value of `--config` off the command line."""
-    rest, recipe = list(arguments), None
+def take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Splits the value of `--config`, a recipe and its arguments, off the command line; "" where there is none."""
+    rest, recipe = list(arguments), ""
     for index, argument in enumerate(rest):
         if argument.startswith(("--config=", "-config=")):
             recipe = rest.pop(index).partition("=")[2]
@@ -199,8 +227,6 @@ def _take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
             recipe = rest.pop(index + 1)
             rest.pop(index)
             break
-    if not recipe:
-        raise UserError("There is no --config; name a recipe, such as --config configs/tiny.py.")
     return recipe, rest
 
 
