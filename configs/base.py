@@ -48,7 +48,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.norm_epsilon = 1e-6
     model.compute_dtype = "float32"
     # What the backward pass recomputes: "none"; "block", each repeat of the pattern from its input; "save_attention",
-    # all of it but attention; "offload", as "block", with the inputs kept in the host's memory (TPU).
+    # all of it but attention; "save_products", nothing but what is elementwise: norms, rotations, activations;
+    # "offload", as "block", with the inputs kept in the host's memory (TPU).
     model.remat = "none"
 
     config.loss = loss = ConfigDict()

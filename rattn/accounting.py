@@ -149,9 +149,14 @@ def _kept_bytes(config: ConfigDict, mesh: Mapping[str, int]) -> float:
     if model.remat == "none":
         return tokens * itemsize * layer_activations(model) / mesh["model"] * model.layers
     stream = 0 if model.remat == "offload" else model.width * model.layers / len(model.pattern)
-    outputs = sum(2 if kind == "rattention" else 1 for kind in layer_kinds(model))
-    saved = outputs if model.remat == "save_attention" else 0
-    return tokens * itemsize * (stream + saved * model.query_heads * model.head_dim / mesh["model"])
+    saved = 0.0
+    if model.remat in ("save_attention", "save_products"):
+        outputs = sum(2 if kind == "rattention" else 1 for kind in layer_kinds(model))
+        saved += outputs * model.query_heads * model.head_dim
+    if model.remat == "save_products":
+        projections = (model.query_heads + 2 * model.kv_heads) * model.head_dim
+        saved += model.layers * (projections + 2 * model.mlp_width + 2 * model.width)
+    return tokens * itemsize * (stream + saved / mesh["model"])
 
 
 def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int], slices: int) -> float:

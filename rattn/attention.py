@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,7 @@ SPLASH_WIDE_WINDOW = 4096
 
 def softmax_attention_for(platform: str) -> Attention:
     """Returns the softmax attention of a platform: "tpu", "gpu" or "cpu"."""
-    return splash_attention if platform == "tpu" else blockwise_attention
+    return {"tpu": splash_attention, "gpu": gpu_attention}.get(platform, blockwise_attention)
 
 
 def linear_attention_for(platform: str) -> Attention:
@@ -39,6 +41,51 @@ def linear_attention_for(platform: str) -> Attention:
         return residual_linear_attention(q_BTNH, k_BSKH, v_BSKH, implementation=implementation, **rest)
 
     return linear_attention
+
+
+def gpu_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    window: int | None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `blockwise_attention` with the fastest kernels that take the arguments.
+
+    - jax-linear-attention's on a Hopper GPU, where it is installed: 16-bit floats, H of 64 or 128, documents;
+    - cuDNN's: 16-bit floats, H up to 128, no documents, S = T;
+    - `blockwise_attention` itself for all else.
+
+    Arguments and result are those of `blockwise_attention`. All three count the query itself into the window.
+    """
+    (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
+    kernel = _hopper_attention()
+    # The kernel knows no history: queries are padded in front, which pays while most of them are real.
+    if kernel and S <= 2 * T and not kernel.supported(k_BSKH, k_BSKH, v_BSKH):
+        q_BSNH = jnp.pad(q_BTNH, ((0, 0), (S - T, 0), (0, 0), (0, 0)))
+        o_BSNH = kernel.flash_attention(
+            q_BSNH, k_BSKH, v_BSKH, segment_ids=kv_segment_ids, sliding_window=window, scale=H**-0.5
+        )
+        return o_BSNH[:, S - T :]
+    if kv_segment_ids is None and S == T and q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0:
+        # cuDNN counts the keys before the query.
+        before = None if window is None or window >= S else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=before, scale=H**-0.5, implementation="cudnn"
+        )
+    return blockwise_attention(
+        q_BTNH, k_BSKH, v_BSKH, window=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids
+    )
+
+
+def _hopper_attention() -> Any | None:
+    """Returns jax-linear-attention's attention module where it is installed and the GPU is a Hopper."""
+    hopper = getattr(jax.local_devices()[0], "compute_capability", "").startswith("9.")
+    if not hopper or importlib.util.find_spec("jla") is None:
+        return None
+    return importlib.import_module("jla.ops.mosaic_gpu.attention")
 
 
 def splash_attention(

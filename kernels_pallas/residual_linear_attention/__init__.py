@@ -5,5 +5,6 @@ from kernels_pallas.residual_linear_attention.api import (
     residual_linear_attention,
     residual_linear_state,
 )
+from kernels_pallas.residual_linear_attention.naming import CHECKPOINT_NAME
 
-__all__ = ["implementation_for", "residual_linear_attention", "residual_linear_state"]
+__all__ = ["CHECKPOINT_NAME", "implementation_for", "residual_linear_attention", "residual_linear_state"]

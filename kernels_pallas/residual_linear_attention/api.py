@@ -5,8 +5,10 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.residual_linear_attention.feature_map import FEATURE_MAPS, feature_dim
+from kernels_pallas.residual_linear_attention.naming import CHECKPOINT_NAME
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 DTYPES = ("float32", "bfloat16")
@@ -64,6 +66,7 @@ def residual_linear_attention(
     module = _load(implementation or implementation_for(jax.default_backend(), q_BTNH.shape[-1]))
     arrays = _vary_alike(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state)
     o_BTNH, state_BKPH = module.forward(*arrays, window=window, feature_map=feature_map)
+    o_BTNH = checkpoint_name(o_BTNH, CHECKPOINT_NAME)
     return (o_BTNH, state_BKPH) if return_state else o_BTNH
 
 

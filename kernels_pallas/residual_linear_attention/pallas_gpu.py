@@ -14,11 +14,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper as hopper
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_backward as hopper_backward
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_forward as hopper_forward
 from kernels_pallas.residual_linear_attention import tuning_gpu
+from kernels_pallas.residual_linear_attention.naming import CHECKPOINT_NAME
 from kernels_pallas.residual_linear_attention.pallas_gpu_common import Plan
 from kernels_pallas.residual_linear_attention.pallas_gpu_outputs import dkv_call, dq_call, outputs_call
 from kernels_pallas.residual_linear_attention.pallas_gpu_states import scan_call, sums_call
@@ -79,7 +81,7 @@ def _kernels(plan, where, q, k, v, initial):
 
 def _kernels_forward(plan, where, q, k, v, initial):
     o, last, states = _on_platform(plan, _run_forward, where, q, k, v, initial)
-    return (o, last), (where, q, k, v, states)
+    return (o, last), (where, q, k, v, checkpoint_name(states, CHECKPOINT_NAME))
 
 
 def _kernels_backward(plan, residuals, cotangents):

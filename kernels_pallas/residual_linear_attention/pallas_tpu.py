@@ -10,8 +10,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.residual_linear_attention import tuning
+from kernels_pallas.residual_linear_attention.naming import CHECKPOINT_NAME
 from kernels_pallas.residual_linear_attention.pallas_tpu_backward import backward_call
 from kernels_pallas.residual_linear_attention.pallas_tpu_common import LANES, Plan
 from kernels_pallas.residual_linear_attention.pallas_tpu_forward import forward_call
@@ -110,7 +112,7 @@ def _kernels(plan, q, k, v, q_ids, kv_ids, initial_state):
 
 def _kernels_fwd(plan, q, k, v, q_ids, kv_ids, initial_state):
     o, state, saved = _run_forward(plan, True, q, k, v, q_ids, kv_ids, initial_state)
-    return (o, state), (q, k, v, q_ids, kv_ids, saved)
+    return (o, state), (q, k, v, q_ids, kv_ids, checkpoint_name(saved, CHECKPOINT_NAME))
 
 
 def _kernels_bwd(plan, residuals, cotangents):

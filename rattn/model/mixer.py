@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from rattn.model.layers import RMSNorm, matrix_init, residual_gain, rope
 from rattn.model.operators import Operators
-from rattn.model.remat import ATTENTION_OUTPUT
 
 
 class Mixer(nnx.Module):
@@ -65,13 +63,12 @@ class Mixer(nnx.Module):
             if self.rope_theta is not None:
                 positions = jnp.arange(x_BTD.shape[1])
                 q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
-            softmax_BTNH = checkpoint_name(self._softmax(q, k, v_BTKH, segments), ATTENTION_OUTPUT)
+            softmax_BTNH = self._softmax(q, k, v_BTKH, segments)
         if self.has_linear:
             q, k = (q_normed, k_normed) if self.feature_map_after_qk_norm else (q_BTNH, k_BTKH)
             linear_BTNH = self.operators.linear_attention(
                 q, k, v_BTKH, window=self.linear_window, feature_map=self.feature_map, **segments
             )
-            linear_BTNH = checkpoint_name(linear_BTNH, ATTENTION_OUTPUT)
         return softmax_BTNH, linear_BTNH
 
     def merge(self, softmax_BTNH: jax.Array | None, linear_BTNH: jax.Array | None) -> jax.Array:

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from rattn.model.remat import ATTENTION_OUTPUT
 
 QUERY_BLOCK = 128
 
@@ -78,4 +81,5 @@ def blockwise_attention(
 
     starts = jnp.arange(num_blocks, dtype=jnp.int32) * block
     blocks = jax.lax.map(lambda xs: attend(*xs), (starts, pad_queries(q_BTNH), pad_queries(q_segment_ids)))
-    return jnp.moveaxis(blocks, 0, 1).reshape(B, num_blocks * block, *q_BTNH.shape[2:])[:, :T]
+    o_BTNH = jnp.moveaxis(blocks, 0, 1).reshape(B, num_blocks * block, *q_BTNH.shape[2:])[:, :T]
+    return checkpoint_name(o_BTNH, ATTENTION_OUTPUT)

@@ -108,11 +108,14 @@ class StepTime:
 def forwards_again(model: ConfigDict, part: str) -> int:
     """How often the backward pass repeats the forward of "matrices", "softmax" or "linear".
 
-    Saved attention outputs spare splash its forward kernel; that of the linear branch runs again for its states.
+    Saved attention spares both kernels, for their states are saved with the outputs.
     """
-    if model.remat == "none" or (model.remat, part) == ("save_attention", "softmax"):
-        return 0
-    return 1
+    spared = {
+        "none": ("matrices", "softmax", "linear"),
+        "save_attention": ("softmax", "linear"),
+        "save_products": ("matrices", "softmax", "linear"),
+    }
+    return int(part not in spared.get(model.remat, ()))
 
 
 def keys_computed(context_length: int, window: int | None) -> float:
@@ -202,7 +205,7 @@ def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], sli
     inside, outside = _share(mesh["data"] // slices * mesh["seq"]), _share(slices)
     # A layer's weights are gathered forward and back. What is recomputed gathers them too, but in the last layer of a
     # block, which goes back at once.
-    gathers = 2 if model.remat == "none" else 3 - 1 / len(model.pattern)
+    gathers = 2 if passes == 1 else 3 - 1 / len(model.pattern)
     # The embedding's gradient has two parts: the look-up's, and the unembedding's in float32.
     gradients = matrices * itemsize + embedding * (itemsize + accounting.FLOAT32_BYTES)
     result = {

@@ -43,7 +43,7 @@ def kept(remat):
     return [tuple(map(int, found[1].split(","))) for line in lines if (found := re.match(r"\w+\[([\d,]+)\]", line))]
 
 
-@pytest.mark.parametrize("remat", ["block", "save_attention", "offload"])
+@pytest.mark.parametrize("remat", ["block", "save_attention", "save_products", "offload"])
 def test_gradients_are_those_without_remat(remat):
     for path, wanted in gradients("none").items():
         got = gradients(remat)[path]
@@ -52,7 +52,7 @@ def test_gradients_are_those_without_remat(remat):
 
 def test_policies_keep_what_they_say():
     stream, attention, hidden = (1, 2, T, 16), (1, 2, T, 4, 8), (1, 2, T, 24)
-    shapes = {remat: kept(remat) for remat in ("none", "block", "save_attention")}
+    shapes = {remat: kept(remat) for remat in ("none", "block", "save_attention", "save_products")}
     assert hidden in shapes["none"]
     assert stream in shapes["block"]
     assert attention not in shapes["block"]
@@ -60,3 +60,7 @@ def test_policies_keep_what_they_say():
     # One softmax and one linear branch in the RATTENTION layer, one softmax branch in the full layer.
     assert shapes["save_attention"].count(attention) == 3
     assert hidden not in shapes["save_attention"]
+    # Gate and up of each layer, and not their product.
+    assert shapes["save_products"].count(attention) >= 3
+    assert shapes["save_products"].count(hidden) == 2 * 2
+    assert shapes["none"].count(hidden) > 2 * 2
