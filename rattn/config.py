@@ -186,9 +186,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
     """Runs an entry point: `--config recipe.py:arguments` and overrides in, an exit status out.
 
-    `main` gets the valid config and the recipe's file name without its suffix; without `needs_config`, None and "" where
-    there is no --config. A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl does
-    not know.
+    `main` gets the valid config and the recipe's file name without its suffix, or None and "" where there is no
+    --config and none is needed. A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl
+    does not know.
     """
 
     def guarded(_: list[str]) -> int:
