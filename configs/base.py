@@ -20,6 +20,16 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.context_length = 512
     # A non-finite loss or gradient never reaches the weights; then "stop" ends the run, "skip" goes on.
     config.on_non_finite = "stop"
+    # Workdir of a run that this one begins from ("": from nothing), until it has a checkpoint of its own.
+    config.init_from = ""
+    # The checkpoint's step; 0 is the last.
+    config.init_from_step = 0
+    # "everything": parameters, optimizer state and step count. The run goes on where that one stood, with the same
+    # data in the same order; total_steps and the schedule count from that run's beginning. So a "wsd" trunk is left at
+    # a checkpoint of its constant stretch, to decay in the last decay_steps of the branch's own total_steps.
+    # "parameters": these alone; step 0, a new optimizer, any data. Either way the window may be another, and every
+    # parameter must have its shape: no mixer is turned into one that has other norms.
+    config.init_from_what = "everything"
 
     config.model = model = ConfigDict()
     model.vocab_size = 259
@@ -36,6 +46,12 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.rope_theta = 5e5
     # Tokens that a query attends to, itself included (the paper's w + 1).
     model.window = 64
+    # Windows to draw from anew for each training step, a function of (seed, step) alone, and their weights (any scale,
+    # () for equal ones); the last window_final_steps train at model.window, which evaluations use throughout. () draws
+    # nothing. Each window has its own compiled step.
+    model.window_choices = ()
+    model.window_weights = ()
+    model.window_final_steps = 0
     model.feature_map = "softmax"
     model.qk_norm = True
     # φ sees q and k as projected, before any qk-norm, unless this is set.
@@ -101,7 +117,9 @@ def get_config(arguments: str = "") -> ConfigDict:
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500
+    # The newest that stay, and steps that are saved and stay for good, to begin other runs from.
     checkpoint.keep = 2
+    checkpoint.keep_steps = ()
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.every_steps = 500
@@ -113,6 +131,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.log = log = ConfigDict()
     log.every_steps = 10
     log.tensorboard = True
+    # Norms and shares of the two branches of each RATTENTION layer (`branches/…`), on one validation batch; 0: never.
+    log.branches_every_steps = 0
     # First and last step of a profiler trace, written to the workdir; () for none.
     log.profile_steps = ()
     return config

@@ -1,11 +1,12 @@
 """Checkpoints: the whole state of a run, its config and what it needs to be recognised, through Orbax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from rattn.errors import UserError
 from rattn.model.parameters import flatten
@@ -21,19 +22,45 @@ class Checkpoints:
     not been tried.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int):
-        """Opens `folder`, which is made at the first save."""
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        keep: int | None = None,
+        *,
+        keep_steps: Sequence[int] = (),
+        read_only: bool = False,
+    ):
+        """Opens `folder`, which is made at the first save.
+
+        Args:
+          folder: `workdir / "checkpoints"`.
+          keep: how many of the newest stay; None: all.
+          keep_steps: steps that stay whatever `keep` says.
+          read_only: touch nothing, not even what a killed run left half-written: another run may be writing there.
+        """
         self.folder = epath.Path(folder).resolve()  # Orbax wants absolute paths.
         # Asked before Orbax opens the folder, for it clears them in the background.
         self.unfinished_steps = sorted(
             int(path.name.partition(".")[0]) for path in self.folder.glob("*.orbax-checkpoint-tmp*")
         )
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        newest = preservation_policy.LatestN(n=keep)
+        policy = preservation_policy.AnyPreservationPolicy([newest, preservation_policy.CustomSteps(tuple(keep_steps))])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if read_only else policy,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The committed steps, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Starts to save; the arrays may be donated as soon as this returns.
@@ -55,11 +82,17 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         return self._read(step, lambda: self._manager.restore(step, args=args)["state"])
 
+    def restore_part(self, step: int, target: Tree) -> Tree:
+        """Returns the branches of the state that `target` names, and reads no others; see `restore`."""
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        part = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        return self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(state=part))["state"])
+
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:
-            earlier = [other for other in self._manager.all_steps() if other < step]
+            earlier = [other for other in self.steps() if other < step]
             what_next = f"to continue from step {max(earlier)}" if earlier else "to start again from step 0"
             reason = str(error).strip().partition("\n")[0][:200]
             raise UserError(
@@ -82,8 +115,15 @@ def parameter_manifest(shapes: Tree) -> dict[str, list]:
     return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten(shapes).items()}
 
 
-def check_same_parameters(found: dict[str, list], wanted: dict[str, list], where: str) -> None:
-    """Raises UserError with the first difference where a checkpoint was made by another architecture."""
+def check_same_parameters(found: dict[str, list], wanted: dict[str, list], where: str, remedy: str) -> None:
+    """Raises UserError with the first difference where a checkpoint was made by another architecture.
+
+    Args:
+      found: the manifest of the checkpoint.
+      wanted: that of the config.
+      where: names the checkpoint, as the beginning of the sentence.
+      remedy: what to do, as its end.
+    """
     for path in sorted(found.keys() | wanted.keys()):
         before, now = found.get(path), wanted.get(path)
         if before != now:
@@ -91,5 +131,5 @@ def check_same_parameters(found: dict[str, list], wanted: dict[str, list], where
             new = f"{tuple(now[0])} {now[1]}" if now else "absent"
             raise UserError(
                 f"{where} was made by another architecture: parameter {path} is {old} there and {new} in this config; "
-                "use that run's config or another --workdir."
+                f"{remedy}."
             )

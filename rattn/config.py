@@ -23,6 +23,7 @@ LOCAL_MIXERS = ("swa", "rattention", "linear")
 FEATURE_MAPS = ("softmax", "relu", "identity")
 CHOICES = {
     "on_non_finite": ("stop", "skip"),
+    "init_from_what": ("everything", "parameters"),
     "data.source": ("stream", "synthetic"),
     "model.activation": ("gelu", "silu"),
     "model.feature_map": FEATURE_MAPS,
@@ -147,6 +148,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     if model.window < (1 if "swa" in model.pattern else 0):
         what = "swa layers need at least 1 (the token itself)" if "swa" in model.pattern else "it cannot be negative"
         raise UserError(f"config.model.window is {model.window}; {what}.")
+    _check_window_choices(config)
     if config.batch_size % config.accumulation_steps:
         raise UserError(
             f"config.batch_size is {config.batch_size} and config.accumulation_steps {config.accumulation_steps}; "
@@ -164,6 +166,32 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"config.total_steps {config.total_steps}; shorten the schedule or train longer."
         )
     return config
+
+
+def _check_window_choices(config: ConfigDict) -> None:
+    """The rules of a window that is drawn for each step."""
+    model = config.model
+    choices, weights = tuple(model.window_choices), tuple(model.window_weights)
+    smallest = 1 if "swa" in model.pattern else 0
+    if any(window < smallest for window in choices) or len(set(choices)) < len(choices):
+        raise UserError(
+            f"config.model.window_choices is {choices}; give different windows of at least {smallest}, or () for none."
+        )
+    if choices and not {"swa", "rattention"} & set(model.pattern):
+        raise UserError(
+            f"config.model.window_choices is {choices} and no mixer of {tuple(model.pattern)} has a window; "
+            "leave it ()."
+        )
+    if weights and (len(weights) != len(choices) or min(weights) < 0 or not sum(weights)):
+        raise UserError(
+            f"config.model.window_weights is {weights} and config.model.window_choices {choices}; give one weight ≥ 0 "
+            "for each, not all of them 0, or () for equal ones."
+        )
+    if not 0 <= model.window_final_steps <= config.total_steps:
+        raise UserError(
+            f"config.model.window_final_steps is {model.window_final_steps} and config.total_steps "
+            f"{config.total_steps}; give a number of steps between 0 and the second."
+        )
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -100,10 +100,10 @@ def _duration(seconds: float) -> str:
 
 
 class Clock:
-    """Seconds a step, and the share of them spent waiting for data, since the last lap."""
+    """Seconds of training, and of those the ones spent waiting for data, from lap to lap."""
 
-    def __init__(self, first_step: int):
-        self._lap_step, self._lap_at = first_step, time.monotonic()
+    def __init__(self):
+        self._lap_at = time.monotonic()
         self._waited = self._paused = 0.0
 
     @contextlib.contextmanager
@@ -120,10 +120,45 @@ class Clock:
         yield
         self._paused += time.monotonic() - started
 
-    def lap(self, step: int) -> tuple[float, float]:
-        """Returns (seconds a step, share waited) since the last lap and starts another."""
+    def lap(self) -> tuple[float, float]:
+        """Returns (seconds of training, seconds waited) since the last lap and starts another."""
         now = time.monotonic()
-        seconds = max(now - self._lap_at - self._paused, 1e-9)
-        steps, share = step - self._lap_step, self._waited / seconds
-        self._lap_step, self._lap_at, self._waited, self._paused = step, now, 0.0, 0.0
-        return seconds / steps, min(share, 1.0)
+        seconds, waited = max(now - self._lap_at - self._paused, 1e-9), self._waited
+        self._lap_at, self._waited, self._paused = now, 0.0, 0.0
+        return seconds, waited
+
+
+class Speed:
+    """How fast the steps since the last reading were, all together and, where windows are drawn, by window."""
+
+    def __init__(self, tokens_per_step: int, peak_flops: float | None, *, by_window: bool):
+        """Takes the FLOP/s of all devices together, None where they are not known."""
+        self._tokens, self._peak, self._by_window = tokens_per_step, peak_flops, by_window
+        self._steps: list[tuple[int, float, float, float]] = []
+
+    def add(self, window: int, seconds: float, waited: float, flops_per_token: float) -> None:
+        """Counts a step."""
+        self._steps.append((window, seconds, waited, flops_per_token))
+
+    def read(self) -> dict[str, float]:
+        """Returns `tokens_per_second`, `mfu` where the peak is known, `data_wait_fraction`, and starts anew.
+
+        With windows drawn, also `window` (the last step's) and the first two as `window_64/…` for each one seen.
+        """
+        steps, self._steps = self._steps, []
+        values = self._rates(steps)
+        seconds, waited = (sum(step[i] for step in steps) for i in (1, 2))
+        values["data_wait_fraction"] = min(waited / seconds, 1.0)
+        if self._by_window:
+            values["window"] = steps[-1][0]
+            for window in sorted({step[0] for step in steps}):
+                rates = self._rates([step for step in steps if step[0] == window])
+                values |= {f"window_{window}/{name}": value for name, value in rates.items()}
+        return values
+
+    def _rates(self, steps: list[tuple[int, float, float, float]]) -> dict[str, float]:
+        seconds = sum(step[1] for step in steps)
+        rates = {"tokens_per_second": self._tokens * len(steps) / seconds}
+        if self._peak:
+            rates["mfu"] = self._tokens * sum(step[3] for step in steps) / (self._peak * seconds)
+        return rates

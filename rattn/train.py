@@ -20,20 +20,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rattn import accounting, multihost, platform
-from rattn.checkpoint import Checkpoints, check_same_parameters, parameter_manifest
-from rattn.config import differences, run_main, to_json
+from rattn.checkpoint import Checkpoints, parameter_manifest
+from rattn.config import run_main, to_json
 from rattn.data.batches import Data, EvaluationBatches, open_data, prefetched
 from rattn.data.preparation import ensure_prepared
+from rattn.diagnostics import branch_diagnostics
 from rattn.errors import UserError
-from rattn.metrics import Clock, MetricsWriter, Progress
+from rattn.metrics import Clock, MetricsWriter, Progress, Speed
 from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
+from rattn.restore import own_state, parameters_of, state_of_another_run
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import batch_shapes, make_eval_step, make_train_step
+from rattn.windows import configs_by_window, window_of_step
 
 EXIT_COMPLETE, EXIT_RESTART = 0, 75
-# Keys that may change between a run and its continuation without making another run of it.
-FREE_SECTIONS = ("checkpoint.", "evaluation.", "log.", "mesh.", "data.read_threads", "data.prefetch_batches")
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int:
@@ -68,7 +69,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
     shapes, shardings = state_layout(spec, optimizer, sharding)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, keep_steps=config.checkpoint.keep_steps)
     multihost.say(f"rattn · {workdir} · {jax.device_count()} × {jax.devices()[0].device_kind}")
     multihost.say(accounting.summary(config, spec, shapes, shardings))
     meta = {
@@ -77,10 +78,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
         "parameters": parameter_manifest(spec.shapes),
     }
     try:
-        state, first_step = _restore(checkpoints, shapes, shardings, meta)
+        state, first_step = own_state(checkpoints, shapes, shardings, meta)
         if state is None:
-            initialise = functools.partial(_initial_state, config, optimizer)
-            state, first_step = jax.jit(initialise, out_shardings=shardings)(), 0
+            state, first_step = _first_state(config, optimizer, spec, sharding, shapes, shardings, meta)
         if first_step >= config.total_steps:
             multihost.say(f"The run is complete at step {first_step}; to train longer, raise config.total_steps.")
             return EXIT_COMPLETE
@@ -89,8 +89,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
             (workdir / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
             data.vocabulary.copy_to(workdir)
         run = _Loop(config, workdir, sharding, split, data, evaluation, spec, checkpoints, meta)
-        step_function = make_train_step(config, spec, optimizer, schedule)
-        status = run.loop(step_function, state, shardings, first_step)
+        step_functions = {
+            window: make_train_step(
+                step_config, model_spec(step_config.model, sharding.operators()), optimizer, schedule
+            )
+            for window, step_config in configs_by_window(config)
+        }
+        status = run.loop(step_functions, state, shardings, first_step)
     finally:
         checkpoints.close()
     _say_goodbye(status, workdir, command)
@@ -114,10 +119,14 @@ class _Loop:
     ):
         self.config, self.workdir, self.sharding, self.split, self.spec = (config, workdir, sharding, split, spec)
         self.data, self.evaluation, self.checkpoints, self.meta = data, evaluation, checkpoints, meta
-        self.peak = accounting.peak_flops(jax.devices()[0])
-        self.tokens_per_step = config.batch_size * config.context_length
+        peak = accounting.peak_flops(jax.devices()[0])
+        self.speed = Speed(
+            config.batch_size * config.context_length,
+            peak * jax.device_count() if peak else None,
+            by_window=bool(config.model.window_choices),
+        )
 
-    def loop(self, step_function: Any, state: Any, shardings: Any, first_step: int) -> int:
+    def loop(self, step_functions: dict[int, Any], state: Any, shardings: Any, first_step: int) -> int:
         """Trains from `first_step` to the end or a signal; returns the exit status."""
         config, total = self.config, self.config.total_steps
         self.writer = MetricsWriter(self.workdir, config.log, first_step) if multihost.is_main() else None
@@ -130,27 +139,32 @@ class _Loop:
             cleanup.callback(batches.close)
             if self.writer:
                 cleanup.callback(self.writer.close)
-            train_step = self._compile(step_function, state, shardings)
-            self.clock = Clock(first_step)
+            train_steps = self._compile(step_functions, state, shardings)
+            self.clock = Clock()
             cleanup.enter_context(jax.transfer_guard("disallow"))
             while step < total and not stop.after(step):
                 self._profile(step)
                 with self.clock.waiting():
                     batch = self.split.to_devices(next(batches), config.batch_size)
-                state, metrics = train_step(state, batch)
+                window = window_of_step(config, step)
+                state, metrics = train_steps[window](state, batch)
                 step += 1
                 # Looked at only now, with the next step queued, so that the devices never wait for the host.
                 if pending:
                     self._look(*pending)
-                pending = (step, metrics)
+                pending = (step, window, metrics)
                 evaluate = step == total or step % config.evaluation.every_steps == 0
                 save = step == total or step % config.checkpoint.every_steps == 0
-                if evaluate or save:
+                save = save or step in config.checkpoint.keep_steps
+                diagnose = config.log.branches_every_steps and step % config.log.branches_every_steps == 0
+                if evaluate or save or diagnose:
                     self._look(*pending)
                     pending = None
                     with self.clock.paused():
                         if evaluate:
                             self._evaluate(step, state["parameters"])
+                        if diagnose:
+                            self._diagnose(step, state["parameters"])
                         if save:
                             self._save(step, state)
             if pending:
@@ -160,33 +174,33 @@ class _Loop:
             self.checkpoints.wait()
         return EXIT_COMPLETE if step == total else EXIT_RESTART
 
-    def _compile(self, step_function: Any, state: Any, shardings: Any) -> Any:
-        """Compiles the training step ahead of its first use, so that no step's time holds it."""
-        started = time.monotonic()
-        self.progress.say("Compiling the training step …")
-        compiled = (
-            jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, self.sharding.replicated))
-            .lower(state, batch_shapes(self.config, self.sharding.batch))
-            .compile()
-        )
-        self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")
+    def _compile(self, step_functions: dict[int, Any], state: Any, shardings: Any) -> dict[int, Any]:
+        """Compiles the training step of every window ahead of its first use, so that no step's time holds it."""
+        compiled = {}
+        for window, step_function in step_functions.items():
+            started = time.monotonic()
+            which = f" for window {window}" if len(step_functions) > 1 else ""
+            self.progress.say(f"Compiling the training step{which} …")
+            compiled[window] = (
+                jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, self.sharding.replicated))
+                .lower(state, batch_shapes(self.config, self.sharding.batch))
+                .compile()
+            )
+            self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")
         self.progress.start()
         return compiled
 
-    def _look(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _look(self, step: int, window: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches a step's metrics, stops at what is not finite, and logs."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not values.pop("finite"):
             self._not_finite(step, values)
         keys = accounting.KeysSeen(full=values.pop("keys_full"), window=values.pop("keys_window"))
+        flops_per_token = accounting.training_flops_per_token(self.config.model, self.spec, keys)
+        self.speed.add(window, *self.clock.lap(), flops_per_token)
         if step % self.config.log.every_steps and step != self.config.total_steps:
             return
-        seconds, waited = self.clock.lap(step)
-        values["tokens_per_second"] = self.tokens_per_step / seconds
-        if self.peak:
-            flops = accounting.training_flops_per_token(self.config.model, self.spec, keys)
-            values["mfu"] = flops * values["tokens_per_second"] / (self.peak * jax.device_count())
-        values["data_wait_fraction"] = waited
+        values |= self.speed.read()
         if self.writer:
             self.writer.write(step, values)
             self.progress.show(step, values)
@@ -221,6 +235,17 @@ class _Loop:
                 f"step {step:,} · validation loss {values['eval/loss']:.4f} · "
                 f"{values['eval/bits_per_byte']:.4f} bits per byte ({totals['targets']:,.0f} tokens)"
             )
+
+    def _diagnose(self, step: int, parameters: Any) -> None:
+        """Writes `branches/…`: what each branch of the local layers does on the first validation batch."""
+        batch = self.split.to_devices(self.evaluation[False][0], self.config.evaluation.batch_size)
+        values = self._branch_diagnostics(parameters, batch)
+        if self.writer:
+            self.writer.write(step, values)
+
+    @functools.cached_property
+    def _branch_diagnostics(self) -> Any:
+        return branch_diagnostics(self.spec, self.config, self.sharding)
 
     @functools.cached_property
     def _eval_step(self) -> Any:
@@ -263,35 +288,28 @@ def state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[A
     return shapes, shardings
 
 
-def _initial_state(config: ConfigDict, optimizer: Any) -> Any:
-    parameters = initial_parameters(config.model, config.seed)
-    return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+def _first_state(
+    config: ConfigDict,
+    optimizer: Any,
+    spec: ModelSpec,
+    sharding: Sharding,
+    shapes: Any,
+    shardings: Any,
+    meta: dict[str, Any],
+) -> tuple[Any, int]:
+    """Returns the (state, step) of a run that has no checkpoint yet: a new one, or what `config.init_from` names."""
+    if config.init_from and config.init_from_what == "everything":
+        return state_of_another_run(config, shapes, shardings, meta)
 
+    def state(parameters: Any) -> Any:
+        return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
 
-def _restore(checkpoints: Checkpoints, shapes: Any, shardings: Any, meta: dict[str, Any]) -> tuple[Any, int]:
-    """Returns (state, step) of the last committed checkpoint, or (None, 0)."""
-    for step in checkpoints.unfinished_steps:
-        multihost.say(
-            f"Skipping the half-written checkpoint of step {step} in {checkpoints.folder}: it was never committed."
-        )
-    step = checkpoints.latest_step()
-    if step is None:
-        return None, 0
-    where = f"The checkpoint {checkpoints.folder / str(step)}"
-    found = checkpoints.read_meta(step)
-    check_same_parameters(found["parameters"], meta["parameters"], where)
-    if found["data_fingerprint"] != meta["data_fingerprint"]:
-        raise UserError(
-            f"{where} was trained on data with fingerprint {found['data_fingerprint']}, config.data.path holds "
-            f"{meta['data_fingerprint']}; use the same data or another --workdir."
-        )
-    for key, before, now in differences(found["config"], meta["config"]):
-        if not key.startswith(FREE_SECTIONS):
-            multihost.say(f"Changed since step {step}: config.{key} {before} -> {now}")
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    state = checkpoints.restore(step, target)
-    multihost.say(f"Continuing from step {step}.")
-    return state, step
+    if config.init_from:
+        parameters, step, _ = parameters_of(config.init_from, config.init_from_step, spec, sharding)
+        multihost.say(f"Starting from the parameters of step {step} of {config.init_from}.")
+        return jax.jit(state, out_shardings=shardings, donate_argnums=0)(parameters), 0
+    initialise = jax.jit(lambda: state(initial_parameters(config.model, config.seed)), out_shardings=shardings)
+    return initialise(), 0
 
 
 def _check_vocabulary(config: ConfigDict, data: Data) -> None:
