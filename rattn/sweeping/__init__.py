@@ -1,0 +1,1 @@
+"""Sweeps: the points of a sweep file, running them, and the report on their results."""

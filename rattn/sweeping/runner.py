@@ -1,0 +1,300 @@
+"""Runs the points of a sweep, one after another, each training and each evaluation in a process of its own."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from rattn.errors import UserError
+from rattn.sweeping.points import Point, Sweep, same_config
+from rattn.sweeping.results import Result, Results, checkpoint_steps, last_metrics, latest_step
+from rattn.sweeping.table import Table
+
+EXIT_COMPLETE, EXIT_FAILED, EXIT_RESTART = 0, 1, 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Attributes:
+      launcher: shell command in which {command}, {name} and {workdir} are replaced; "" runs commands as they are.
+      budget_seconds: a point that would not fit is left for later, and one that overruns is told to save and stop; 0
+        sets no limit.
+      cut_points: starts what does not fit too, for the next start on this machine to go on with.
+      delete_checkpoints: frees a finished point's checkpoints once no other point needs them.
+    """
+
+    launcher: str = ""
+    budget_seconds: float = 0.0
+    cut_points: bool = False
+    delete_checkpoints: bool = False
+
+
+class _Stop(Exception):
+    """The sweep is to save what runs and end with status 75."""
+
+
+class _Failed(Exception):
+    """A point's command failed: (stage, reason, log)."""
+
+
+class _Busy(Exception):
+    """Another process is at work on the point."""
+
+
+class Runner:
+    """Brings points to their results."""
+
+    def __init__(self, sweep: Sweep, results: Results, options: Options, table: Table):
+        self.sweep, self.results, self.options, self.table = sweep, results, options, table
+        self._points = {point.name: point for point in sweep.points}
+        self._started = time.monotonic()
+        self._stopping = False
+
+    def run(self, chosen: list[Point]) -> int:
+        """Runs what has no result; returns 0 (all done), 1 (some failed) or 75 (start again)."""
+        failed = left = 0
+        with self._listening():
+            for point in chosen:
+                result = self.results.of(point)
+                if result:
+                    self.table.set(point.name, "done", figures(result))
+                    continue
+                if self._stopping or self._left() < 0 or not self._fits(point):
+                    left += 1
+                    self.table.set(point.name, "left", "no time for it" if not self._stopping else "")
+                    continue
+                try:
+                    result = self._run_point(point)
+                    self.table.set(point.name, "done", figures(result))
+                except _Stop:
+                    left += 1
+                    self._stopping = True
+                    self.table.set(point.name, "stopped", "saved; start the sweep again to go on")
+                except _Busy:
+                    left += 1
+                    self.table.set(point.name, "elsewhere", "another process is at work on it")
+                except _Failed as failure:
+                    failed += 1
+                    stage, reason, log = failure.args
+                    self.results.fail(point, stage, reason, log)
+                    self.table.set(point.name, "failed", f"{reason} ({log})")
+                if self.options.delete_checkpoints:
+                    self._delete_checkpoints()
+        return EXIT_RESTART if left else EXIT_FAILED if failed else EXIT_COMPLETE
+
+    def commands(self, point: Point) -> dict[str, list[str]]:
+        """The training and the evaluation of a point, as argument lists."""
+        folder = str(self.results.point_folder(point.name))
+        train = ["python", "-m", "rattn.train", "--config", point.recipe, "--workdir", folder, *point.overrides]
+        if point.trunk:
+            train.append(f"--config.init_from={self.results.point_folder(point.trunk)}")
+        evaluate = ["python", "-m", "rattn.evaluate", "--checkpoint", folder, *self.sweep.evaluation]
+        evaluate += ["--json", f"{folder}/evaluation.json"]
+        return {"train": train, "evaluate": evaluate}
+
+    def _run_point(self, point: Point) -> Result:
+        """Trains and evaluates, whatever of it is still to do."""
+        seconds: dict[str, float | None] = {"train": None, "evaluate": None}
+        first_step = point.config.total_steps
+        with self._locked(point) as lock:
+            if not self._evaluated(point):
+                if point.trunk:
+                    self._ensure_trunk(point)
+                first_step = latest_step(self.results.point_folder(point.name)) or point.config.init_from_step
+                seconds["train"] = self._train(point, lock)
+                seconds["evaluate"] = self._run(point, "evaluate", lock)
+                if not self._evaluated(point):
+                    log = str(self.results.point_folder(point.name) / "evaluate.log")
+                    raise _Failed("evaluate", "rattn.evaluate ended well and left no evaluation of the last step.", log)
+            return self.results.collect(point, seconds, point.config.total_steps - first_step)
+
+    def _train(self, point: Point, lock: int) -> float | None:
+        if latest_step(self.results.point_folder(point.name)) >= point.config.total_steps:
+            return None
+        return self._run(point, "train", lock)
+
+    def _ensure_trunk(self, point: Point) -> None:
+        """Trains the trunk (again) where its checkpoint is not on this machine."""
+        trunk, step = self._points[point.trunk], point.config.init_from_step
+        folder = self.results.point_folder(trunk.name)
+
+        def held() -> bool:
+            return step in checkpoint_steps(folder) or (not step and latest_step(folder) >= trunk.config.total_steps)
+
+        if held():
+            return
+        with self._locked(trunk) as lock:
+            self.table.set(point.name, "trunk", f"training {trunk.name}", running=True)
+            if trunk.trunk:
+                self._ensure_trunk(trunk)
+            self._train(trunk, lock)
+        if not held():
+            reason = (
+                f"The trunk {trunk.name!r} kept no checkpoint of step {step}; name the step in its "
+                "checkpoint.keep_steps and delete its folder."
+            )
+            raise _Failed("train", reason, str(folder / "train.log"))
+
+    def _evaluated(self, point: Point) -> bool:
+        """Whether the point's evaluation is there, of its last step and its config."""
+        try:
+            found = json.loads((self.results.point_folder(point.name) / "evaluation.json").read_text())
+            return found["step"] == point.config.total_steps and same_config(found["config"], point.config)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _run(self, point: Point, stage: str, lock: int) -> float:
+        """Runs a command of a point to its end; returns its wall seconds.
+
+        Raises:
+          _Failed: it failed; the reason is the sentence that it ended with.
+          _Stop: it was told to stop, or asked to be started again.
+        """
+        folder = self.results.point_folder(point.name)
+        log = folder / f"{stage}.log"
+        command = self._launched(point, self.commands(point)[stage])
+        doing = {"train": "training", "evaluate": "evaluating"}[stage]
+        self.table.set(point.name, doing, running=True)
+        started, signalled = time.monotonic(), False
+        with log.open("ab") as output:
+            begin = output.tell()
+            process = subprocess.Popen(
+                command,
+                shell=isinstance(command, str),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A signal reaches it through this process alone, once.
+                start_new_session=True,
+                # Holds the point's lock too, should it outlive this process.
+                pass_fds=[lock],
+            )
+            while process.poll() is None:
+                if not signalled and (self._stopping or self._left() < 0):
+                    os.killpg(process.pid, signal.SIGTERM)
+                    signalled = True
+                self.table.progress(point.name, _progress(folder, point.config.total_steps))
+                time.sleep(0.1)
+        if signalled or process.returncode == EXIT_RESTART:
+            raise _Stop
+        if process.returncode:
+            raise _Failed(stage, _reason(log, begin, process.returncode), str(log))
+        return time.monotonic() - started
+
+    def _launched(self, point: Point, command: list[str]) -> list[str] | str:
+        if not self.options.launcher:
+            return [sys.executable, *command[1:]]
+        return fill_launcher(self.options.launcher, point.name, str(self.results.point_folder(point.name)), command)
+
+    @contextlib.contextmanager
+    def _locked(self, point: Point) -> Iterator[int]:
+        """Holds the point's lock; also a training that a killed sweep left behind holds it."""
+        folder = self.results.point_folder(point.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _Busy from None
+            yield file.fileno()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C are passed on to what runs, which saves; the sweep then ends with 75."""
+
+        def stop(*_: object) -> None:
+            self._stopping = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _left(self) -> float:
+        """Seconds of the budget that are left."""
+        budget = self.options.budget_seconds
+        return budget - (time.monotonic() - self._started) if budget else float("inf")
+
+    def _fits(self, point: Point) -> bool:
+        if not self.options.budget_seconds or self.options.cut_points:
+            return True
+        estimate = self._estimate(point)
+        return estimate is None or estimate <= self._left()
+
+    def _estimate(self, point: Point) -> float | None:
+        """Seconds that a point will take, from those that were timed; None where none was."""
+        timed = [result for result in self.results.all() if result["seconds"]["train"] and result["trained_steps"]]
+        timed = [result for result in timed if result["evaluation"]["training"]]
+        if not timed:
+            return None
+        alike = [result for result in timed if result["settings"].get("mixer") == point.settings.get("mixer")] or timed
+
+        def fixed(result: Result) -> float:
+            training = result["trained_steps"] * result["evaluation"]["training"]["step_seconds"]
+            return max(result["seconds"]["train"] - training, 0) + (result["seconds"]["evaluate"] or 0)
+
+        step = max(result["evaluation"]["training"]["step_seconds"] for result in alike)
+        done = latest_step(self.results.point_folder(point.name)) or point.config.init_from_step
+        total = max(fixed(result) for result in timed) + step * (point.config.total_steps - done)
+        if point.trunk and not checkpoint_steps(self.results.point_folder(point.trunk)):
+            total += step * self._points[point.trunk].config.total_steps
+        return total
+
+    def _delete_checkpoints(self) -> None:
+        """Deletes the checkpoints of finished points that no unfinished point starts from."""
+        unfinished = [point for point in self.sweep.points if self.results.of(point) is None]
+        needed = {point.trunk for point in unfinished} | {point.name for point in unfinished}
+        for name in self._points.keys() - needed:
+            self.results.delete_checkpoints(name)
+
+
+def fill_launcher(template: str, name: str, workdir: str, command: list[str]) -> str:
+    """Replaces {command}, {name} and {workdir} in a launcher's template.
+
+    Raises:
+      UserError: the template has no place for the command.
+    """
+    if "{command}" not in template:
+        raise UserError(f"--launcher {template!r} has no {{command}}; say where the point's command goes.")
+    values = {"command": shlex.join(command), "name": name, "workdir": workdir}
+    return re.sub(r"\{(command|name|workdir)\}", lambda match: values[match[1]], template)
+
+
+def figures(result: Result) -> str:
+    """A finished point in a line of the table."""
+    measured = result["evaluation"]["measured"][0]
+    training = result["evaluation"]["training"]
+    speed = f" · {training['tokens_per_second']:,.0f} tokens/s" if training else ""
+    return f"loss {measured['nats_per_token']:.4f} · {measured['bits_per_byte']:.4f} bits per byte{speed}"
+
+
+def _progress(folder: pathlib.Path, total_steps: int) -> str:
+    values = last_metrics(folder)
+    if "loss" not in values:
+        return ""
+    return (
+        f"step {values['step']:,}/{total_steps:,} · loss {values['loss']:.4f} · "
+        f"{values['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _reason(log: pathlib.Path, begin: int, status: int) -> str:
+    """The sentence that a command ended with, or else its last line."""
+    lines = [line.strip() for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
+    sentences = [line.removeprefix("rattn: ") for line in lines if line.startswith("rattn: ")]
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    if sentences:
+        return sentences[-1]
+    return f"{lines[-1][:300]} ({how})" if lines else f"It said nothing ({how})."
