@@ -82,6 +82,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.task = "state_of_the_union"
     data.module = ""
     data.files = ""
+    # "bytes", a SentencePiece model file, or, for synthetic tokens, "ids:SIZE".
     data.vocabulary = "bytes"
     data.train_vocabulary_size = 0
     data.validation_fraction = 0.05

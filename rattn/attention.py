@@ -65,16 +65,19 @@ def gpu_attention(
     # The kernel knows no history: queries are padded in front, which pays while most of them are real.
     if kernel and S <= 2 * T and not kernel.supported(k_BSKH, k_BSKH, v_BSKH):
         q_BSNH = jnp.pad(q_BTNH, ((0, 0), (S - T, 0), (0, 0), (0, 0)))
-        o_BSNH = kernel.flash_attention(
-            q_BSNH, k_BSKH, v_BSKH, segment_ids=kv_segment_ids, sliding_window=window, scale=H**-0.5
-        )
+        # It relies on implicit promotion.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            o_BSNH = kernel.flash_attention(
+                q_BSNH, k_BSKH, v_BSKH, segment_ids=kv_segment_ids, sliding_window=window, scale=H**-0.5
+            )
         return o_BSNH[:, S - T :]
     if kv_segment_ids is None and S == T and q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0:
         # cuDNN counts the keys before the query.
         before = None if window is None or window >= S else (window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=before, scale=H**-0.5, implementation="cudnn"
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=before, scale=H**-0.5, implementation="cudnn"
+            )
     return blockwise_attention(
         q_BTNH, k_BSKH, v_BSKH, window=window, q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids
     )

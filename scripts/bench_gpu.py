@@ -34,50 +34,58 @@ def main():
     device = jax.local_devices()[0]
     print(f"{device.device_kind}, JAX {jax.__version__}, {args.tokens} tokens, W = {WINDOW}")
     for length in args.lengths:
-        print(f"\nT = {length}: milliseconds, median (extremes)\n{'':44}{'forward':>24}{'forward+backward':>24}  error")
-        bench_length(args.tokens // length, length, peers=args.only == "all")
+        print(f"\nT = {length}: milliseconds, median (extremes)\n{'':48}{'forward':>24}{'forward+backward':>24}  error")
+        bench_length(args.tokens // length, length, candidates(args.only))
 
 
-def bench_length(batch, length, peers):
+def bench_length(batch, length, chosen):
     """Times every candidate at one shape."""
     draws = iter(jax.random.split(jax.random.key(0), 4))
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     q, k, v, do = (jax.random.normal(next(draws), (batch, length, n, HEAD_DIM), jnp.bfloat16) for n in heads)
     ids = jnp.asarray(documents(batch, length))
     expected = {}
-    for name, takes_documents, error, make in candidates(peers):
+    for name, takes_documents, error, make in chosen:
         try:
             forward = make()
         except ModuleNotFoundError as e:
-            print(f"{name:44}skipped: {e.name} is not installed")
+            print(f"{name:48}skipped: {e.name} is not installed")
             continue
-        both = with_gradients(forward)
+        both = getattr(forward, "both", None) or with_gradients(forward)
         used_ids = ids if takes_documents else None
         try:
             times = [measure(forward, q, k, v, used_ids), measure(both, q, k, v, used_ids, do)]
         except Exception as e:  # a peer that does not take this shape must not end the table
-            print(f"{name:44}failed: {str(e).splitlines()[0][:100]}")
+            print(f"{name:48}failed: {str(e).splitlines()[0][:100]}")
             continue
         if error and takes_documents not in expected:
             expected[takes_documents] = float32_results(q, k, v, used_ids, do)
         off = largest_error(both(q, k, v, used_ids, do), expected[takes_documents]) if error else ""
-        print(f"{name:44}{times[0]:>24}{times[1]:>24}  {off}", flush=True)
+        print(f"{name:48}{times[0]:>24}{times[1]:>24}  {off}", flush=True)
 
 
-def candidates(peers):
+def candidates(only):
     """Yields (name, takes documents, whether to compute the error, () -> forward(q, k, v, ids))."""
-    for implementation in ("pallas_gpu", "chunked"):
-        yield f"RLA {implementation}", True, True, functools.partial(ours, implementation)
+    yield "RLA pallas_gpu", True, True, functools.partial(ours, "pallas_gpu")
     yield "RLA pallas_gpu, no documents", False, True, functools.partial(ours, "pallas_gpu")
-    if not peers:
+    if only == "rattn":
         return
     yield "RLA by jax-linear-attention simple_gla, twice", False, True, by_simple_gla
+    yield "RLA by flash-linear-attention", False, True, by_fla
     for window in (WINDOW, 4096, None):
         size = f"window {window}" if window else "full"
         yield f"softmax cuDNN, {size}", False, False, functools.partial(by_cudnn, window)
     for window in (WINDOW, 4096, None):
         size = f"window {window}" if window else "full"
         yield f"softmax jax-linear-attention, {size}", True, False, functools.partial(by_jla_attention, window)
+        yield (
+            f"softmax jax-linear-attention, {size}, no documents",
+            False,
+            False,
+            functools.partial(by_jla_attention, window),
+        )
+    # Last, for it takes minutes to compile.
+    yield "RLA chunked", True, True, functools.partial(ours, "chunked")
 
 
 def ours(implementation):
@@ -104,6 +112,49 @@ def by_simple_gla():
         return sum(simple_gla(a, b, v, gate, scale=1.0)[0] for a, b in halves)
 
     return forward
+
+
+def by_fla():
+    """φ, repeats and delay in PyTorch around flash-linear-attention's chunked kernel, with state dims P = 2H."""
+    import torch
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    def attend(q, k, v):
+        def phi(x):
+            return torch.cat([torch.softmax(sign * x.float(), dim=-1) for sign in (1, -1)], dim=-1).to(x.dtype)
+
+        def delayed(x):
+            return torch.nn.functional.pad(x, (0, 0, 0, 0, WINDOW, 0))[:, : q.shape[1]]
+
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (delayed(phi(k)), delayed(v)))
+        return chunk_linear_attn(phi(q), k, v, scale=1.0, normalize=False)[0]
+
+    class OnTorch:
+        """Calls on JAX arrays; results come back without a copy."""
+
+        def __call__(self, q, k, v, ids):
+            with torch.no_grad():
+                return TorchResults(attend(*map(torch.from_dlpack, (q, k, v))))
+
+        def both(self, q, k, v, ids, do):
+            q, k, v = (torch.from_dlpack(x).detach().requires_grad_() for x in (q, k, v))
+            o = attend(q, k, v)
+            return TorchResults(o.detach(), *torch.autograd.grad(o, (q, k, v), torch.from_dlpack(do)))
+
+    class TorchResults(tuple):
+        """Tensors that JAX can wait for."""
+
+        def __new__(cls, *tensors):
+            return super().__new__(cls, tensors)
+
+        def block_until_ready(self):
+            torch.cuda.synchronize()
+            return self
+
+        def __iter__(self):
+            return (jax.dlpack.from_dlpack(x.contiguous()) for x in super().__iter__())
+
+    return OnTorch()
 
 
 def by_cudnn(window):
@@ -153,7 +204,9 @@ def measure(function, *arguments, calls=20, rounds=5):
 def float32_results(q, k, v, ids, do):
     """Returns (o, dq, dk, dv) of the plain form in float32."""
     q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
-    return with_gradients(ours("chunked"))(q, k, v, ids, do)
+    # Tuning its products would take minutes and change no result.
+    reference = with_gradients(ours("chunked")).lower(q, k, v, ids, do)
+    return reference.compile(compiler_options={"xla_gpu_autotune_level": "0"})(q, k, v, ids, do)
 
 
 def largest_error(results, expected):

@@ -1,4 +1,4 @@
-"""Vocabularies: bytes or a SentencePiece model, without TensorFlow and seqio."""
+"""Vocabularies: bytes, a SentencePiece model, or bare ids; without TensorFlow and seqio."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ class Vocabulary(Protocol):
     """Text to ids and back.
 
     Attributes:
-      name: "bytes" or "sentencepiece".
+      name: "bytes", "sentencepiece" or "ids".
       size: number of ids.
       eos_id: ends each document.
       pad_id: fills the last row; never a target that counts.
@@ -48,17 +48,20 @@ class Vocabulary(Protocol):
 
 
 def load_vocabulary(name_or_path: epath.PathLike) -> Vocabulary:
-    """Loads "bytes", a SentencePiece model file, or the folder that `Vocabulary.copy_to` (or `rattn.prepare`) wrote.
+    """Loads "bytes", "ids:SIZE", a SentencePiece model file, or the folder that `Vocabulary.copy_to` wrote.
 
     Raises:
       UserError: there is no such vocabulary, or it cannot be used.
     """
     if str(name_or_path) == "bytes":
         return ByteVocabulary()
+    if str(name_or_path).startswith("ids:"):
+        return IdVocabulary(str(name_or_path).removeprefix("ids:"))
     path = epath.Path(name_or_path)
     if (path / DESCRIPTION_FILE).exists():
         description = json.loads((path / DESCRIPTION_FILE).read_text())
-        return ByteVocabulary() if description["name"] == "bytes" else load_vocabulary(path / MODEL_FILE)
+        names = {"bytes": "bytes", "ids": f"ids:{description['size']}"}
+        return load_vocabulary(names.get(description["name"], path / MODEL_FILE))
     if not path.exists() or path.is_dir():
         hint = nearest(str(name_or_path), ["bytes"])
         raise UserError(
@@ -87,6 +90,48 @@ class ByteVocabulary:
     def token_bytes(self) -> np.ndarray:
         """See `Vocabulary`."""
         return (np.arange(self.size) >= 3).astype(np.int32)
+
+    def copy_to(self, folder: epath.PathLike) -> None:
+        """See `Vocabulary`."""
+        _write_description(self, folder)
+
+
+class IdVocabulary:
+    """Ids that stand for no text, for synthetic tokens: 0 padding, 1 EOS; the others count as one byte each."""
+
+    name = "ids"
+    eos_id = 1
+    pad_id = 0
+
+    def __init__(self, size: str):
+        """Takes the number of ids, in digits.
+
+        Raises:
+          UserError: it is no number of at least 3.
+        """
+        if not size.isdecimal() or int(size) < 3:
+            raise UserError(f"The vocabulary 'ids:{size}' has no size; write a number of at least 3, as in ids:8192.")
+        self.size = int(size)
+        self.fingerprint = hashlib.sha256(f"ids: pad 0, eos 1, {self.size} in all".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary`; the text is ids in digits, with spaces between.
+
+        Raises:
+          UserError: it is something else.
+        """
+        for word in text.split():
+            if not word.isdecimal() or int(word) >= self.size:
+                raise UserError(f"{word!r} is no id; write numbers below {self.size} with spaces between.")
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Vocabulary`; ids in digits, with spaces between."""
+        return " ".join(str(int(i)) for i in ids if i >= 2)
+
+    def token_bytes(self) -> np.ndarray:
+        """See `Vocabulary`."""
+        return (np.arange(self.size) >= 2).astype(np.int32)
 
     def copy_to(self, folder: epath.PathLike) -> None:
         """See `Vocabulary`."""

@@ -40,6 +40,18 @@ def test_bytes_literally():
     assert vocabulary.decode([68, 198]) == "A\ufffd"  # a sample may stop inside a character
 
 
+def test_bare_ids(tmp_path):
+    vocabulary = load_vocabulary("ids:1000")
+    assert (vocabulary.name, vocabulary.size) == ("ids", 1000)
+    assert vocabulary.decode([*vocabulary.encode("2 999 17"), 1, 0]) == "2 999 17"
+    vocabulary.copy_to(tmp_path)
+    assert load_vocabulary(tmp_path).fingerprint == vocabulary.fingerprint
+    with pytest.raises(UserError, match="'1000' is no id; write numbers below 1000"):
+        vocabulary.encode("17 1000")
+    with pytest.raises(UserError, match="'ids:many' has no size; write a number of at least 3"):
+        load_vocabulary("ids:many")
+
+
 def test_sentencepiece_ids(model):
     vocabulary = load_vocabulary(str(model))
     assert (vocabulary.size, vocabulary.pad_id, vocabulary.eos_id) == (300, 0, 1)
