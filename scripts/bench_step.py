@@ -3,13 +3,12 @@
     python -m scripts.bench_step --config configs/rattn_3b.py --points full::8192 swa:4096:8192 rattention:512:8192
     python -m scripts.bench_step --config configs/small.py --points full::4096 full::131072 --microbatch_tokens 131072
 
-A point is mixer:window:context. Every point runs in a process of its own, so that its peak memory is its own and one that
-does not fit does not end the table. A step's time is from one step's metrics to the next one's, as the training loop
-fetches them: median (extremes) after two steps of warm-up. MFU counts the model FLOPs of the documents' own keys.
+A point is mixer:window:context. Every point runs in a process of its own, so that its peak memory is its own and one
+that does not fit does not end the table. A step's time is from one step's metrics to the next one's, as the training
+loop fetches them: median (extremes) after two steps of warm-up. MFU counts the model FLOPs of the documents' own keys.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
@@ -18,17 +17,18 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rattn import accounting, multihost, platform
 from rattn.config import load_config, validate
 from rattn.data.batches import open_data, prefetched
 from rattn.errors import UserError
-from rattn.model.parameters import model_spec
+from rattn.model.parameters import initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import batch_shapes, make_train_step
-from rattn.train import initial_state, state_layout
+from rattn.train import state_layout
 from scripts.trace_costs import costs_by_kind, costs_table
 
 WARMUP_STEPS = 2
@@ -113,7 +113,12 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     spec = model_spec(config.model, sharding.operators())
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
     _, shardings = state_layout(spec, optimizer, sharding)
-    state = jax.jit(functools.partial(initial_state, config, optimizer), out_shardings=shardings)()
+
+    def first_state():
+        parameters = initial_parameters(config.model, config.seed)
+        return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+
+    state = jax.jit(first_state, out_shardings=shardings)()
     step_function = make_train_step(
         config, spec, optimizer, learning_rate_schedule(config.optimizer, config.total_steps)
     )

@@ -31,7 +31,7 @@ def kernel_times(folder: pathlib.Path) -> dict[str, list[float]]:
     traces = sorted(folder.rglob("*.trace.json.gz"), key=lambda file: file.stat().st_mtime)
     if not traces:
         raise FileNotFoundError(f"There is no *.trace.json.gz under {folder}; profile a run first.")
-    events = json.loads(gzip.open(traces[-1]).read())["traceEvents"]
+    events = json.loads(gzip.decompress(traces[-1].read_bytes()))["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     gpu = min((pid for pid, name in names.items() if "/device:GPU" in name), default=None)
