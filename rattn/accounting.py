@@ -26,6 +26,8 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
 }
 FLOAT32_BYTES = 4
+# Tokens that decoding collects before it adds them to a linear branch's state (`rattn.decoding`).
+FOLD_TOKENS = 16
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -177,16 +179,25 @@ def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int
     return max(loss, block, embedding)
 
 
-def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_itemsize: int = 2) -> dict[str, int]:
+def cache_bytes_per_sequence(
+    model: ConfigDict,
+    context_length: int,
+    *,
+    fold_tokens: int = FOLD_TOKENS,
+    cache_itemsize: int = 2,
+    state_itemsize: int = FLOAT32_BYTES,
+) -> dict[str, int]:
     """Bytes that decoding keeps for one sequence of `context_length` tokens, by kind of cache.
 
-    A window layer keeps the newest W keys and values, a linear branch P × H float32 sums per key/value head, a full
-    layer every key and value.
+    A window layer keeps the newest W keys and values, a linear branch P × H sums per key/value head and the C keys and
+    values that await being added to them, a full layer every key and value.
 
     Args:
       model: `config.model`.
       context_length: tokens in the cache.
+      fold_tokens: C, tokens that wait until all are added to the state at once.
       cache_itemsize: bytes of a cached key or value element.
+      state_itemsize: bytes of an element of the state.
     """
     kinds = layer_kinds(model)
     K, H = model.kv_heads, model.head_dim
@@ -196,7 +207,8 @@ def cache_bytes_per_sequence(model: ConfigDict, context_length: int, cache_items
     return {
         "full": kinds.count("full") * context_length * per_token,
         "window": window_layers * min(model.window, context_length) * per_token,
-        "state": linear_layers * K * feature_dim(model) * H * FLOAT32_BYTES,
+        "pending": linear_layers * fold_tokens * per_token,
+        "state": linear_layers * K * feature_dim(model) * H * state_itemsize,
     }
 
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
 
 def matrix_init(fan_in: int, gain: float = 1.0) -> nnx.Initializer:
     """Truncated normal with standard deviation gain / √fan_in (LeCun et al. 1998, "Efficient BackProp")."""
@@ -40,15 +42,32 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
-def rope(x_BTNH: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
-    """Rotates dims (i, i + H/2) of each head by position · theta^(−2i/H) (Su et al. 2021, half-split pairs)."""
-    half = x_BTNH.shape[-1] // 2
+def rope(x_BTNH: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates dims (i, i + H/2) of each head by position · theta^(−2i/H) (Su et al. 2021, half-split pairs).
+
+    Args:
+      x_BTNH: queries or keys.
+      positions: [T], or [B, T] where rows differ.
+      theta: base of the frequencies.
+    """
+    sin, cos = rope_angles(positions, x_BTNH.shape[-1], theta)
+    if positions.ndim == 1:
+        sin, cos = sin[None], cos[None]
+    return rotate(x_BTNH, sin[:, :, None, :], cos[:, :, None, :])
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Returns the sines and cosines of position · theta^(−2i/H), float32 [*positions.shape, H/2]."""
+    half = head_dim // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (positions_T.astype(jnp.float32)[:, None] * frequencies[None, :])[None, :, None, :]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.expand_dims(frequencies, tuple(range(positions.ndim)))
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates dims (i, i + H/2) of x by angles [..., H/2] that broadcast against it; in float32, back to x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -60,7 +79,7 @@ class GatedMLP(nnx.Module):
         self.up_DF = nnx.Param(up(rngs.params(), (width, mlp_width), jnp.float32), logical=("embed", "mlp"))
         down = matrix_init(mlp_width, residual_gain(layers))
         self.down_FD = nnx.Param(down(rngs.params(), (mlp_width, width), jnp.float32), logical=("mlp", "embed"))
-        self.activation = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}[activation]
+        self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns [B, T, D] in x's dtype."""
