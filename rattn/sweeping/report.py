@@ -1,0 +1,222 @@
+"""The report on a sweep: report.html (self-contained), a PNG of each figure, results.csv."""
+
+import csv
+import datetime
+import html
+import io
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rattn.accounting import readable_bytes, readable_count
+from rattn.sweeping.results import Result
+from rattn.sweeping.summary import Group, Run, Variant, bits_per_byte, grouped, loss, recall_beyond, weighted
+from rattn.sweeping.verdict import compare, verdict
+
+STYLE = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1a1c20; --soft: #5b6270; --line: #d8dce3; --mark: #eef3fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171c; --ink: #e6e9ee; --soft: #a3abb8; --line: #363c47; --mark: #1d2530; }
+}
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 0 0 .25rem; } p { margin: .5rem 0; max-width: 52rem; }
+.soft, figcaption { color: var(--soft); font-size: .875rem; }
+.verdict { background: var(--mark); border-left: 4px solid #3b8edb; padding: .5rem 1rem; margin: 1rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 2rem; }
+figure { margin: 0; min-width: 0; } .scroll { overflow-x: auto; }
+figure svg { display: block; width: 100%; min-width: 26rem; height: auto; }
+figure svg text { font-family: system-ui, sans-serif; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+td.good { font-weight: 600; } code { font-size: .9em; overflow-wrap: anywhere; }
+"""
+NO_FIGURE = "–"
+
+
+def write_report(
+    results: Sequence[Result], failures: Sequence[dict[str, str]], workdir: pathlib.Path, epsilon: float | None
+) -> pathlib.Path:
+    """Writes report.html, the PNGs and results.csv into `workdir / "report"`; returns the page's path.
+
+    Args:
+      results: of every finished point.
+      failures: records of the points that failed.
+      workdir: the sweep's.
+      epsilon: see `verdict`.
+
+    Raises:
+      UserError: matplotlib is not installed; results.csv is written all the same.
+    """
+    folder = workdir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "results.csv").open("w", newline="") as file:
+        file.write(csv_text(results))
+    # A machine that only runs points needs no matplotlib.
+    from rattn.sweeping.plots import plots
+
+    groups = grouped(results)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    sections = []
+    for group in groups:
+        drawn = plots(group)
+        for plot in drawn:
+            (folder / f"{_slug(group.name)}{plot.name}.png").write_bytes(plot.png)
+        sections.append(_section(group, drawn, epsilon, titled=len(groups) > 1 or bool(group.name)))
+    page = folder / "report.html"
+    page.write_text(_page(workdir.name, results, failures, sections))
+    return page
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """A line for every measured (window, length) of every run."""
+    out = io.StringIO()
+    writer = None
+    for run in map(Run, results):
+        for entry in run.evaluation["measured"]:
+            row = _csv_row(run, entry)
+            if writer is None:
+                writer = csv.DictWriter(out, row.keys())
+                writer.writeheader()
+            writer.writerow(row)
+    return out.getvalue()
+
+
+def _csv_row(run: Run, entry: dict[str, Any]) -> dict[str, Any]:
+    evaluation, result = run.evaluation, run.result
+    training = evaluation["training"] or {}
+    window = entry["window"] or 0
+    recall = entry["recall_by_distance"]
+    return {
+        "name": result["name"],
+        "group": result["group"],
+        "identity": result["identity"],
+        "mixer": run.mixer,
+        "trained_window": run.window,
+        "seed": run.seed,
+        "window": entry["window"],
+        "length": entry["length"],
+        "context_length": entry["context_length"],
+        "loss": entry["nats_per_token"],
+        "bits_per_byte": entry["bits_per_byte"],
+        "accuracy": entry["accuracy"],
+        "targets": entry["targets"],
+        "recall_targets": entry["recall"]["targets"],
+        "recall_loss": entry["recall"]["nats_per_token"],
+        "recall_accuracy": entry["recall"]["accuracy"],
+        "recall_loss_within_window": weighted(bin for bin in recall if bin["last"] <= window),
+        "recall_loss_beyond_window": weighted(bin for bin in recall if bin["first"] > window),
+        "cache_bytes": sum(entry["cache_bytes"].values()),
+        "parameters": evaluation["parameters"],
+        "tokens_seen": evaluation["tokens_seen"],
+        "epochs": evaluation["epochs"],
+        "step": evaluation["step"],
+        "step_seconds": training.get("step_seconds"),
+        "tokens_per_second": training.get("tokens_per_second"),
+        "mfu": training.get("mfu"),
+        "train_seconds": result["seconds"]["train"],
+        "evaluate_seconds": result["seconds"]["evaluate"],
+        "device": evaluation["device"],
+        "data_fingerprint": evaluation["data_fingerprint"],
+        "finished_at": result["finished_at"],
+    }
+
+
+def _section(group: Group, drawn: Sequence[Any], epsilon: float | None, *, titled: bool) -> str:
+    title = f"<h2>{html.escape(group.name or 'Other points')}</h2>" if titled else ""
+    sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict(group, epsilon))
+    figures = "".join(
+        f'<figure><h3>{html.escape(plot.title)}</h3><div class="scroll">{plot.svg}</div>'
+        f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
+        for plot in drawn
+    )
+    return (
+        f'<section>{title}<div class="verdict">{sentences}</div>{_table(group, epsilon)}'
+        f'<div class="figures">{figures}</div></section>'
+    )
+
+
+def _table(group: Group, epsilon: float | None) -> str:
+    full = group.full
+    header = ["", "seeds", "loss", "± spread", "bits per byte", "against full", "recall loss beyond W", "against full"]
+    header += ["within ε", "cache", "step ms", "tokens/s", "parameters", "tokens seen", "epochs"]
+    rows = []
+    for variant in group.variants:
+        compared = compare(variant, full, epsilon) if full and variant is not full else None
+        recall = variant.mean(recall_beyond(variant.window or 0))
+        excess = variant.mean(loss) - full.mean(loss) if full and variant is not full else None
+        rows.append(
+            [
+                html.escape(variant.label),
+                str(len(variant.runs)),
+                f"{variant.mean(loss):.4f}",
+                _number(variant.spread(loss), ".4f"),
+                f"{variant.mean(bits_per_byte):.4f}",
+                _number(excess, "+.4f"),
+                _number(recall, ".4f"),
+                _number(compared and compared.recall_excess, "+.4f"),
+                ("yes" if compared.within else "no") if compared else NO_FIGURE,
+                readable_bytes(variant.mean(lambda run: run.cache_bytes)),
+                _number(_step_ms(variant), ".1f"),
+                _number(variant.mean(lambda run: run.tokens_per_second), ",.0f"),
+                readable_count(variant.runs[0].evaluation["parameters"]),
+                readable_count(variant.runs[0].evaluation["tokens_seen"]),
+                f"{variant.runs[0].evaluation['epochs']:.2f}",
+            ]
+        )
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="good">{c}</td>' if c == "yes" else f"<td>{c}</td>" for c in row) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _step_ms(variant: Variant) -> float | None:
+    return variant.mean(lambda run: run.step_seconds and run.step_seconds * 1000)
+
+
+def _number(value: float | None, form: str) -> str:
+    return NO_FIGURE if value is None else format(value, form)
+
+
+def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str]], sections: Sequence[str]) -> str:
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    facts = _facts([Run(result) for result in results])
+    failed = "".join(
+        f"<li><b>{html.escape(failure['name'])}</b> ({failure['stage']}): {html.escape(failure['reason'])}</li>"
+        for failure in failures
+    )
+    failed = f"<section><h2>Failed points</h2><ul>{failed}</ul></section>" if failed else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Window sweep: {html.escape(name)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f"<header><h1>Window sweep: {html.escape(name)}</h1><p class=soft>{len(results)} runs · {today}</p></header>"
+        f"{''.join(f'<p class=soft>{html.escape(fact)}</p>' for fact in facts)}{''.join(sections)}{failed}"
+        '<p class="soft">The window W counts the query itself. Spread is the sample standard deviation over seeds. '
+        "Recall tokens: see <code>rattn/evaluation/recall.py</code>. All figures: <code>results.csv</code>.</p>"
+        "</body></html>\n"
+    )
+
+
+def _facts(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before comparing: hardware, data, evaluation."""
+    devices = sorted({run.evaluation["device"] for run in runs})
+    facts = [f"Evaluated on {', '.join(devices)}."]
+    if len({run.evaluation["data_fingerprint"] for run in runs}) > 1:
+        facts.append("The results come from different data (their fingerprints differ): losses do not compare.")
+    targets = {run.own["targets"] for run in runs}
+    if len(targets) > 1:
+        facts.append("The results were measured on different numbers of targets: compare within one evaluation only.")
+    else:
+        facts.append(f"Each loss is of the same {targets.pop():,} held-out tokens.")
+    return facts
+
+
+def _slug(name: str) -> str:
+    slug = re.sub(r"[^\w.]+", "_", name).strip("_")
+    return f"{slug}-" if slug else ""
