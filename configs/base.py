@@ -75,7 +75,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     loss.chunk_tokens = 0
 
     config.data = data = ConfigDict()
-    # "stream" reads what rattn.prepare wrote to `path`; "synthetic" draws tokens and needs no files.
+    # "stream" reads what rattn.prepare wrote to `path`; "synthetic" draws tokens and "recall" associative-recall rows,
+    # and need no files.
     data.source = "stream"
     data.path = "data/state_of_the_union"
     # What rattn.prepare is asked for when `path` is missing.
@@ -86,6 +87,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.vocabulary = "bytes"
     data.train_vocabulary_size = 0
     data.validation_fraction = 0.05
+    # Key-value pairs of an associative-recall row, each asked for once.
+    data.recall_pairs = 16
     # Sampling weights of a mixture's sources; () takes the mixture's own rates.
     data.weights = ()
     data.read_threads = 2

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from rattn.errors import UserError, nearest
@@ -24,7 +25,7 @@ FEATURE_MAPS = ("softmax", "relu", "identity")
 CHOICES = {
     "on_non_finite": ("stop", "skip"),
     "init_from_what": ("everything", "parameters"),
-    "data.source": ("stream", "synthetic"),
+    "data.source": ("stream", "synthetic", "recall"),
     "model.activation": ("gelu", "silu"),
     "model.feature_map": FEATURE_MAPS,
     "model.compute_dtype": ("float32", "bfloat16"),
@@ -99,6 +100,38 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         values(line)
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(str(error).strip().splitlines()[-1]) from None
+    return config
+
+
+def saved_config(workdir: epath.PathLike) -> ConfigDict:
+    """Returns the config that a run left in its workdir; keys that are newer than the run have their defaults.
+
+    Raises:
+      UserError: no run began there, or a run of another version did.
+    """
+    from configs import base  # Recipes import this module.
+
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"There is no config.json in {str(workdir)!r}; name the workdir of a run.")
+    return _filled(base.get_config(), json.loads(path.read_text()), str(path))
+
+
+def _filled(config: ConfigDict, values: dict[str, Any], where: str, prefix: str = "") -> ConfigDict:
+    """Sets the leaves of `values` in `config`, which must have them; lists become tuples."""
+    for key, value in values.items():
+        try:
+            if isinstance(value, dict):
+                _filled(config[key], value, where, f"{prefix}{key}.")
+                continue
+            if key not in config:
+                raise KeyError(key)
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{where} has config.{prefix}{key} = {value!r}, which this version does not know; use the version that "
+                "wrote it."
+            ) from None
     return config
 
 
@@ -256,6 +289,12 @@ def take_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
             rest.pop(index)
             break
     return recipe, rest
+
+
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits `--config.key=value` arguments off a command line, for a command whose config is not a recipe's."""
+    overrides = [argument for argument in arguments if argument.startswith(("--config.", "-config."))]
+    return overrides, [argument for argument in arguments if argument not in overrides]
 
 
 def _check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:

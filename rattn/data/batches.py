@@ -12,6 +12,7 @@ from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
 from rattn.data.preparation import Request
+from rattn.data.recall import RecallStream
 from rattn.data.rows import Batch, gather_rows, row_count
 from rattn.data.stream import SPLITS, BlockStream, Prepared
 from rattn.data.synthetic import SyntheticStream
@@ -116,7 +117,8 @@ class _RowOrder:
 class EvaluationBatches:
     """The rows of a split in order, each once, in batches; padding rows fill the last one.
 
-    With a limit of batches the rows are spread evenly over the split, so each part of it is seen. A process reads the
+    With a limit of batches the rows are spread evenly over the split, in groups of neighbours, so each part of it is
+    seen: n groups of g rows hold the same tokens as n groups of one row that is g times as long. A process reads the
     rows of a batch that its devices hold.
     """
 
@@ -127,22 +129,27 @@ class EvaluationBatches:
         context_length: int,
         batch_size: int,
         max_batches: int = 0,
+        group_rows: int = 1,
         local_rows: LocalRows = range,
     ):
-        """Takes the sources' streams; `max_batches` 0 reads all.
+        """Takes the sources' streams; `max_batches` 0 reads all, else a batch must hold whole groups.
 
         Raises:
           UserError: there are no rows.
         """
         self._streams, self._T, self._B = list(streams), context_length, batch_size
         self._share = list(local_rows(batch_size))
-        rows = [(i, row) for i, s in enumerate(streams) for row in range(row_count(s.tokens, context_length))]
-        if not rows:
+        groups = [
+            [(i, row) for row in range(first, min(first + group_rows, rows))]
+            for i, rows in enumerate(row_count(stream.tokens, context_length) for stream in streams)
+            for first in range(0, rows, group_rows)
+        ]
+        if not groups:
             raise UserError(
                 "There is nothing to evaluate on: the split is empty; prepare it again with a validation_fraction."
             )
-        wanted = min(len(rows), max_batches * batch_size or len(rows))
-        self._rows = [rows[i * len(rows) // wanted] for i in range(wanted)]
+        wanted = min(len(groups), max_batches * batch_size // group_rows or len(groups))
+        self._rows = [row for i in range(wanted) for row in groups[i * len(groups) // wanted]]
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._B)
@@ -173,13 +180,27 @@ class Data:
     _context_length: int
     _local_rows: LocalRows
 
-    def evaluation_batches(self, batch_size: int, max_batches: int = 0) -> EvaluationBatches:
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens of the longest source's validation split; no row reaches over two sources."""
+        return max(stream.tokens for stream in self._validation)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError where a model of `vocab_size` ids lacks some of the vocabulary's."""
+        if self.vocabulary.size > vocab_size:
+            raise UserError(
+                f"config.model.vocab_size is {vocab_size} and the vocabulary of config.data has {self.vocabulary.size} "
+                f"ids; set --config.model.vocab_size={self.vocabulary.size} or more."
+            )
+
+    def evaluation_batches(self, batch_size: int, max_batches: int = 0, group_rows: int = 1) -> EvaluationBatches:
         """Returns the batches of the validation split in order, all of them unless limited."""
         return EvaluationBatches(
             self._validation,
             context_length=self._context_length,
             batch_size=batch_size,
             max_batches=max_batches,
+            group_rows=group_rows,
             local_rows=self._local_rows,
         )
 
@@ -209,6 +230,13 @@ def open_data(
         training, validation = ([SyntheticStream(seed, split, vocabulary)] for split in SPLITS)
         names, weights = ("synthetic",), (1.0,)
         fingerprint = hashlib.sha256(f"synthetic {seed} {vocabulary.fingerprint}".encode()).hexdigest()
+    elif data_config.source == "recall":
+        vocabulary = load_vocabulary(data_config.vocabulary)
+        shape = {"pairs": data_config.recall_pairs, "document_tokens": context_length}
+        training, validation = ([RecallStream(seed, split, vocabulary, **shape)] for split in SPLITS)
+        names, weights = ("recall",), (1.0,)
+        text = f"recall {seed} {data_config.recall_pairs} {vocabulary.fingerprint}"
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
     else:
         prepared = Prepared(data_config.path)
         Request.from_config(data_config).check_same(prepared)

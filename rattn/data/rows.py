@@ -33,7 +33,7 @@ def read_rows(stream: BlockStream, rows: Sequence[int], context_length: int) -> 
         "tokens": np.ascontiguousarray(tokens[:, :T]),
         "targets": np.ascontiguousarray(tokens[:, 1:]),
         "segment_ids": np.where(position < present, segment_ids, 0).astype(np.int32),
-        "loss_mask": ~starts[:, 1:] & (position + 1 < present),
+        "loss_mask": ~starts[:, 1:] & (position + 1 < present) & stream.counts(offsets, tokens),
     }
 
 

@@ -124,6 +124,14 @@ class BlockStream:
                 starts[row, inside + (base - offset)] = True
         return tokens, starts
 
+    def counts(self, offsets: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+        """Returns which of the tokens that `read` gave, each row's first aside, may be targets: here all.
+
+        bool [len(offsets), length - 1].
+        """
+        del offsets
+        return np.ones_like(tokens[:, 1:], np.bool_)
+
 
 class TokenStream(BlockStream):
     """One split of one source of a prepared folder. One call per shard reads a batch's blocks; threads may share it.

@@ -100,7 +100,7 @@ class Runner:
         if point.trunk:
             train.append(f"--config.init_from={self.results.point_folder(point.trunk)}")
         evaluate = ["python", "-m", "rattn.evaluate", "--checkpoint", folder, *self.sweep.evaluation]
-        evaluate += ["--json", f"{folder}/evaluation.json"]
+        evaluate += ["--out", f"{folder}/evaluation.json"]
         return {"train": train, "evaluate": evaluate}
 
     def _run_point(self, point: Point) -> Result:

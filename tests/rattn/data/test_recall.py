@@ -1,0 +1,74 @@
+"""Associative recall: what a row holds, that it is a pure function, and that distances are uniform."""
+
+import numpy as np
+import pytest
+
+from rattn.data.recall import RecallStream
+from rattn.data.rows import read_rows
+from rattn.data.vocabulary import load_vocabulary
+from rattn.errors import UserError
+from rattn.evaluation.recall import recall_distances
+
+PAIRS, T = 4, 64
+NO_NGRAMS = np.array([], np.int64)
+
+
+def stream(seed=0, split="train", pairs=PAIRS, document_tokens=T, vocabulary="ids:302"):
+    return RecallStream(seed, split, load_vocabulary(vocabulary), pairs=pairs, document_tokens=document_tokens)
+
+
+def test_each_pair_is_asked_for_once_and_nothing_else_counts():
+    batch = read_rows(stream(), range(200), T)
+    np.testing.assert_array_equal(batch["segment_ids"], 1)
+    np.testing.assert_array_equal(batch["loss_mask"].sum(axis=1), PAIRS)
+    for tokens, targets, mask in zip(batch["tokens"], batch["targets"], batch["loss_mask"], strict=True):
+        keys, values = tokens[1 : 2 * PAIRS : 2], tokens[2 : 2 * PAIRS + 1 : 2]
+        assert len(set(keys)) == PAIRS
+        asked = dict(zip(tokens[mask], targets[mask], strict=True))
+        assert asked == dict(zip(keys, values, strict=True))
+        assert mask[: 2 * PAIRS + 1].sum() == 0
+        # Each key stands in its pair and in its query, and nowhere else.
+        assert all((tokens == key).sum() == 2 for key in keys)
+
+
+def test_any_slice_is_a_pure_function_of_seed_split_and_place():
+    whole, starts = stream().read([0], 5 * T)
+    for offset, length in ((0, 3), (T - 1, 2), (2 * T + 5, 2 * T), (4 * T, T)):
+        tokens, begins = stream().read([offset, 0], length)
+        np.testing.assert_array_equal(tokens[0], whole[0, offset : offset + length])
+        np.testing.assert_array_equal(begins[0], starts[0, offset : offset + length])
+        np.testing.assert_array_equal(tokens[1], whole[0, :length])
+    np.testing.assert_array_equal(np.flatnonzero(starts), np.arange(0, 5 * T, T))
+
+
+def test_training_depends_on_the_seed_and_validation_does_not():
+    def rows(seed, split):
+        return read_rows(stream(seed, split), [0, 1], T)["tokens"]
+
+    assert (rows(0, "train") != rows(1, "train")).any()
+    np.testing.assert_array_equal(rows(0, "validation"), rows(1, "validation"))
+    assert (rows(0, "train") != rows(0, "validation")).any()
+
+
+def test_distances_are_found_and_uniform():
+    """Query slots are uniform, so a distance's density is that of slot minus pair: a trapezoid, never a power law."""
+    batch = read_rows(stream(document_tokens=256), range(1000), 256)
+    distances = recall_distances(batch, NO_NGRAMS, 1, 302)
+    found = distances[batch["loss_mask"]]
+    assert (found > 0).all()
+    assert (distances[~batch["loss_mask"]] > 0).mean() < 0.1
+    middle = np.histogram(found, bins=[16, 64, 112, 160, 208])[0]
+    np.testing.assert_allclose(middle, middle.mean(), rtol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocabulary": "bytes"}, "is 'bytes' of 259 ids and recall needs bare ids, 14 at least for 4 pairs"),
+        ({"vocabulary": "ids:10"}, "set it to ids:SIZE"),
+        ({"document_tokens": 16}, "recall_pairs is 4 and a row has 16 tokens; pairs and queries need 17"),
+    ],
+)
+def test_what_cannot_be_is_said(changes, words):
+    with pytest.raises(UserError, match=words):
+        stream(**changes)
