@@ -46,11 +46,7 @@ class Checkpoints:
         newest = preservation_policy.LatestN(n=keep)
         policy = preservation_policy.AnyPreservationPolicy([newest, preservation_policy.CustomSteps(tuple(keep_steps))])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=None if read_only else policy,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-            save_interval_steps=0 if read_only else 1,
+            preservation_policy=policy, cleanup_tmp_directories=not read_only, create=not read_only
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 

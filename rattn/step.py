@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from rattn.model.loss import cross_entropy_sum
+from rattn.model.loss import cross_entropy_sum, token_losses
 from rattn.model.parameters import ModelSpec
 
 Tree = Any
@@ -87,6 +87,17 @@ def make_eval_step(spec: ModelSpec, chunk_tokens: int) -> Callable[[Tree, Batch,
         return {"nats": nats, "targets": batch["loss_mask"].sum(), "text_bytes": text_bytes}
 
     return eval_step
+
+
+def make_token_loss_step(spec: ModelSpec, chunk_tokens: int) -> Callable[[Tree, Batch], tuple[jax.Array, jax.Array]]:
+    """Builds (parameters, batch) -> nats_BT (float32) and hit_BT (bool), those of targets that do not count too."""
+
+    def token_loss_step(parameters: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = spec.merge(parameters)
+        x_BTD = model.hidden(batch["tokens"], batch["segment_ids"])
+        return token_losses(model, x_BTD, batch["targets"], chunk_tokens=chunk_tokens)
+
+    return token_loss_step
 
 
 def _accumulate(

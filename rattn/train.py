@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
         seed=config.seed,
         local_rows=split.rows,
     )
-    _check_vocabulary(config, data)
+    data.check_vocabulary(config.model.vocab_size)
     evaluation = {
         last: data.evaluation_batches(max_batches=limit, batch_size=config.evaluation.batch_size)
         for last, limit in ((False, config.evaluation.max_batches), (True, config.evaluation.final_max_batches))
@@ -310,14 +310,6 @@ def _first_state(
         return jax.jit(state, out_shardings=shardings, donate_argnums=0)(parameters), 0
     initialise = jax.jit(lambda: state(initial_parameters(config.model, config.seed)), out_shardings=shardings)
     return initialise(), 0
-
-
-def _check_vocabulary(config: ConfigDict, data: Data) -> None:
-    if data.vocabulary.size > config.model.vocab_size:
-        raise UserError(
-            f"config.model.vocab_size is {config.model.vocab_size} and the vocabulary of {config.data.path} has "
-            f"{data.vocabulary.size} ids; set --config.model.vocab_size={data.vocabulary.size} or more."
-        )
 
 
 def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:

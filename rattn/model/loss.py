@@ -43,11 +43,38 @@ def cross_entropy_sum(
     if not chunk_tokens or chunk_tokens >= T:
         return chunk_sum(x_BTD, targets_BT, loss_mask_BT)
 
-    def chunks(x: jax.Array) -> jax.Array:
-        # Chunk c takes every (T / chunk_tokens)-th token, so that tokens cut over devices stay where they are.
-        return jnp.moveaxis(x.reshape(x.shape[0], chunk_tokens, T // chunk_tokens, *x.shape[2:]), 2, 0)
-
-    totals = jax.lax.map(
-        lambda xs: jax.checkpoint(chunk_sum)(*xs), (chunks(x_BTD), chunks(targets_BT), chunks(loss_mask_BT))
-    )
+    chunks = [_chunks(x, chunk_tokens) for x in (x_BTD, targets_BT, loss_mask_BT)]
+    totals = jax.lax.map(lambda xs: jax.checkpoint(chunk_sum)(*xs), tuple(chunks))
     return totals[0].sum(), totals[1].sum()
+
+
+def token_losses(
+    model: Transformer, x_BTD: jax.Array, targets_BT: jax.Array, *, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Computes −log p(target) of every token, and whether the target is the likeliest token.
+
+    Arguments as `cross_entropy_sum`.
+
+    Returns:
+      nats_BT in float32, 0 or more, and hit_BT, bool.
+    """
+    unembedding_VD = model.unembedding()
+
+    def chunk_losses(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.logits(x, unembedding_VD)
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target_logits, jnp.argmax(logits, axis=-1) == targets
+
+    if not chunk_tokens or chunk_tokens >= x_BTD.shape[1]:
+        return chunk_losses(x_BTD, targets_BT)
+    chunks = _chunks(x_BTD, chunk_tokens), _chunks(targets_BT, chunk_tokens)
+    losses = jax.lax.map(lambda xs: chunk_losses(*xs), chunks)
+    nats_BT, hit_BT = (jnp.moveaxis(loss, 0, 2).reshape(targets_BT.shape) for loss in losses)
+    return nats_BT, hit_BT
+
+
+def _chunks(x: jax.Array, chunk_tokens: int) -> jax.Array:
+    """Cuts [B, T, …] into [T / chunk_tokens, B, chunk_tokens, …]."""
+    # Chunk c takes every (T / chunk_tokens)-th token, so that tokens cut over devices stay where they are.
+    B, T, *rest = x.shape
+    return jnp.moveaxis(x.reshape(B, chunk_tokens, T // chunk_tokens, *rest), 2, 0)
