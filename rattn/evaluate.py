@@ -20,7 +20,7 @@ from rattn.data.batches import open_data
 from rattn.data.preparation import ensure_prepared
 from rattn.errors import UserError
 from rattn.evaluation import results
-from rattn.evaluation.measure import Recall, measure
+from rattn.evaluation.measure import Recall, measure, usual_recall
 from rattn.model.parameters import model_spec, parameter_count
 from rattn.restore import parameters_of
 from rattn.sharding import Sharding, make_mesh
@@ -48,7 +48,7 @@ def evaluate(
       windows: () is the run's own.
       lengths: multiples of the training context.
       max_tokens: about how many tokens are read; 0: the whole split.
-      recall: which tokens are recall tokens.
+      recall: which tokens are recall tokens; None: as usual for the data.
 
     Raises:
       UserError: no such checkpoint, data that does not fit, a window or length that cannot be.
@@ -76,7 +76,7 @@ def evaluate(
     data = open_data(config.data, context_length=config.context_length, batch_size=config.batch_size, seed=config.seed)
     if data.fingerprint != meta["data_fingerprint"]:
         print("The data are others than the run was trained on.")
-    recall = recall or Recall()
+    recall = recall or usual_recall(config)
     windows = tuple(windows) or (config.model.window,)
     if not {"swa", "rattention"} & set(config.model.pattern):
         windows = (None,)
@@ -137,6 +137,14 @@ def _numbers(name: str, smallest: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
+def _recall(config: ConfigDict) -> Recall:
+    usual, asked = usual_recall(config), flags.FLAGS
+    return Recall(
+        usual.context_tokens if asked.recall_context_tokens is None else asked.recall_context_tokens,
+        usual.frequent_rate if asked.frequent_rate is None else asked.frequent_rate,
+    )
+
+
 def main(recipe: str, overrides: list[str]) -> int:
     """Entry point behind the flags."""
     platform.configure()
@@ -153,7 +161,7 @@ def main(recipe: str, overrides: list[str]) -> int:
         windows=_numbers("windows", 0),
         lengths=_numbers("lengths", 1) or (1,),
         max_tokens=flags.FLAGS.max_tokens,
-        recall=Recall(flags.FLAGS.recall_context_tokens, flags.FLAGS.frequent_rate),
+        recall=_recall(config),
     )
     out = flags.FLAGS.out or epath.Path(workdir) / "evaluation.json"
     results.write(result, out)
@@ -170,12 +178,16 @@ if __name__ == "__main__":
     flags.DEFINE_list("lengths", ["1"], "Context lengths, as multiples of the training context.")
     flags.DEFINE_integer("max_tokens", 2**22, "About how many validation tokens to read; 0: all.", lower_bound=0)
     flags.DEFINE_integer(
-        "recall_context_tokens", 2, "Tokens before a recall token that occurred before.", lower_bound=1
+        "recall_context_tokens",
+        None,
+        "Tokens before a recall token that occurred before: 2, or 1 on the associative-recall task, by default.",
+        lower_bound=1,
     )
     flags.DEFINE_float(
         "frequent_rate",
-        1e-6,
-        "N-grams that are at least this share of training's are no recall tokens; 1: none is left out.",
+        None,
+        "N-grams that are at least this share of training's are no recall tokens: 1e-6, or 1 (none is left out) on the "
+        "associative-recall task, by default.",
         lower_bound=0.0,
     )
     flags.DEFINE_string("out", None, "Where the result goes; CHECKPOINT/evaluation.json by default.")

@@ -33,11 +33,16 @@ class Recall:
 
     Attributes:
       context_tokens: n, the tokens before the target that occurred before.
-      frequent_rate: n-grams that are at least this share of training's are left out.
+      frequent_rate: n-grams that are at least this share of training's are left out; 1: none is.
     """
 
-    context_tokens: int = 2
-    frequent_rate: float = 1e-6
+    context_tokens: int
+    frequent_rate: float
+
+
+def usual_recall(config: ConfigDict) -> Recall:
+    """Bigrams with what follows them, of text; keys with their values, all of them, of the associative-recall task."""
+    return Recall(1, 1.0) if config.data.source == "recall" else Recall(2, 1e-6)
 
 
 def measure(
@@ -168,6 +173,8 @@ def _measure_one(
 
 def _frequent(config: ConfigDict, recall: Recall) -> np.ndarray:
     """Counts n-grams in training rows: the same for every seed, for runs are compared on the same recall tokens."""
+    if recall.frequent_rate >= 1:
+        return np.zeros(0, np.int64)
     batch_size = max(1, 2**16 // config.context_length)
     train = _open(config, config.context_length, batch_size, seed=0).train
     most = -(-COUNTED_TOKENS // (batch_size * config.context_length))

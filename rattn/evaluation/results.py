@@ -52,8 +52,9 @@ An entry of `measured`:
 
 A bin is {"first": 33, "last": 64, "targets": 12345, "nats_per_token": 1.5, "accuracy": 0.6}: both ends belong to it,
 and bins of powers of two are 1, 2, 3–4, 5–8, 9–16, …. A bin without targets is there with null for its means, so
-that all entries of one context_length have the same bins. All entries of a file have the same targets; the recall
-tokens among them are those of the row, so longer rows have more.
+that all entries of one context_length have the same bins. All entries of a file have the same targets (on the
+associative-recall task those of one length); the recall tokens of a length are those of its rows, so longer rows have
+more.
 
 A target x_j at distance d = j − i has x_i among the keys of the query that predicts it (at j − 1) exactly where d ≤ W:
 for a window W that is a power of two, the bins with last ≤ W are recall within the window, those with first > W recall
