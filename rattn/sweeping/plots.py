@@ -1,4 +1,4 @@
-"""The report's figures. Each is drawn once and saved twice: a PNG, and an SVG whose ink takes the page's text colour."""
+"""The report's figures, each drawn once and saved twice: a PNG, and an SVG whose ink takes the page's text colour."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ try:
     from matplotlib.ticker import FixedLocator, NullLocator
 except ModuleNotFoundError as error:
     raise UserError(
-        "The report needs matplotlib, which is not installed; pip install 'rattn[report]', then run the sweep with "
+        "The report's figures need matplotlib, which is not installed; pip install matplotlib, then run the sweep with "
         "--report_only (the results are kept)."
     ) from error
 
@@ -109,9 +109,8 @@ def _against_window(group: Group, axes: Axes) -> tuple[str, str] | None:
     for mixer in group.windowed:
         curve = group.curve(mixer)
         x = [_log_place(variant.window) for variant in curve]
-        axes.plot(
-            x, [variant.mean(loss) for variant in curve], color=_colour(mixer), marker=_marker(mixer), label=mixer
-        )
+        means = [variant.mean(loss) for variant in curve]
+        axes.plot(x, means, color=_colour(mixer), marker=_marker(mixer), label=mixer)
         seeds = [(place, value) for place, variant in zip(x, curve, strict=True) for value in variant.values(loss)]
         axes.plot(*zip(*seeds, strict=True), ".", color=_colour(mixer), alpha=0.55, markersize=5)
     axes.set_xscale("log", base=2)
@@ -120,8 +119,8 @@ def _against_window(group: Group, axes: Axes) -> tuple[str, str] | None:
     _bits_axis(group, axes)
     axes.legend(loc="upper right", bbox_to_anchor=(1, 0.94))
     return "Loss against window", (
-        "Curves join the means over seeds, dots are seeds; dashed lines are the models without a window, their bands the "
-        "range over seeds."
+        "Curves join the means over seeds, dots are seeds; dashed lines are the models without a window, their bands "
+        "the range over seeds."
     )
 
 
@@ -185,8 +184,8 @@ def _recall_accuracy(group: Group, axes: Axes) -> tuple[str, str] | None:
     axes.set(xlabel="distance to the nearest occurrence (tokens)", ylabel="accuracy on recall tokens")
     _legend(axes)
     return "Recall by distance: accuracy", (
-        "Share of recall tokens that are the model's likeliest token, by distance to the nearest earlier occurrence; the "
-        "key lies within a window W up to distance W."
+        "Share of recall tokens that are the model's likeliest token, by distance to the nearest earlier occurrence; "
+        "up to distance W it lies in the window."
     )
 
 

@@ -74,8 +74,8 @@ def product(**choices: Iterable[Any]) -> Iterator[dict[str, Any]]:
 class _Points:
     """Collects what a sweep file adds."""
 
-    def __init__(self, recipe: str, arguments: str, base_overrides: list[str]):
-        self.recipe, self.arguments, self.base_overrides = recipe, arguments, base_overrides
+    def __init__(self, recipe: str, arguments: str, base_overrides: list[str], common: dict[str, Any]):
+        self.recipe, self.arguments, self.base_overrides, self.common = recipe, arguments, base_overrides, common
         self.points: dict[str, Point] = {}
 
     def add(
@@ -90,7 +90,7 @@ class _Points:
         """Adds a point and returns its name.
 
         Args:
-          config: config keys, dotted: {"optimizer.learning_rate": 3e-4}.
+          config: config keys that cannot be keywords: {"optimizer.learning_rate": 3e-4}.
           name: names the folder; made from the settings unless given.
           group: points of one group are compared with each other; made of all settings but mixer, window and seed
             unless given.
@@ -102,9 +102,10 @@ class _Points:
           UserError: a setting that neither knows, a name that is taken, a trunk that is not there, a config that is
             not valid or that another point has.
         """
-        arguments = {key: value for key, value in settings.items() if self._is_argument(key, value)}
-        overrides = {key: value for key, value in settings.items() if key not in arguments} | (config or {})
         settings = settings | (config or {})
+        whole = self.common | settings
+        arguments = {key: value for key, value in whole.items() if "." not in key and self._is_argument(key, value)}
+        overrides = {key: value for key, value in whole.items() if key not in arguments}
         name = name or _name(settings)
         if name in self.points:
             raise UserError(f"The sweep has two points called {name!r}; give one of them another name=.")
@@ -150,7 +151,10 @@ class _Points:
 
 
 def load_sweep(path: str, recipe: str, config: ConfigDict) -> Sweep:
-    """Reads a sweep file: a Python file with `sweep(add)` and, if it likes, `EVALUATION`, arguments of rattn.evaluate.
+    """Reads a sweep file: a Python file with `sweep(add)`, and two things if it likes.
+
+    `COMMON` is a dict of settings, as `add` takes them, that hold for every point which does not say otherwise;
+    `EVALUATION` are arguments for rattn.evaluate.
 
     Args:
       path: the file.
@@ -172,7 +176,7 @@ def load_sweep(path: str, recipe: str, config: ConfigDict) -> Sweep:
     recipe_path, _, arguments = recipe.partition(":")
     plain = to_json(load_config(recipe_path, arguments))
     changed = [f"--config.{key}={_text(value)}" for key, _, value in differences(plain, to_json(config))]
-    collected = _Points(recipe_path, arguments, changed)
+    collected = _Points(recipe_path, arguments, changed, getattr(module, "COMMON", {}))
     module.sweep(collected.add)
     if not collected.points:
         raise UserError(f"The sweep file {path!r} adds no points; call add(…) at least once.")

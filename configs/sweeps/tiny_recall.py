@@ -1,0 +1,25 @@
+"""Associative recall so small that a CPU shows the ordering, in about a quarter of an hour on two cores.
+
+python -m rattn.sweep --config configs/recall.py --sweep configs/sweeps/tiny_recall.py --workdir runs/tiny_recall
+"""
+
+from rattn.sweeping.points import product
+
+EVALUATION = ("--recall_context_tokens=1", "--frequent_rate=1")
+COMMON = {
+    "ids": 256,
+    "length": 128,
+    "pairs": 4,
+    "width": 64,
+    "steps": 2000,
+    "batch_size": 64,
+    "optimizer.learning_rate": 2e-3,
+    "model.compute_dtype": "float32",
+}
+
+
+def sweep(add):
+    for mixer in ("full", "linear"):
+        add(mixer=mixer)
+    for point in product(window=[16], mixer=["rattention", "swa"]):
+        add(**point)
