@@ -1,0 +1,202 @@
+"""The compiled functions of decoding, each laid out by the sharding value that training uses."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rattn.accounting import FOLD_TOKENS
+from rattn.decoding import cache as caches
+from rattn.decoding import layers, prefill, step
+from rattn.decoding.cache import Cache, CacheLayout
+from rattn.decoding.sampling import Sampling
+from rattn.errors import UserError
+from rattn.sharding import Sharding
+
+Tree = Any
+
+
+class Decoder:
+    """Runs a model token by token.
+
+    Every function that takes a cache uses it up (its buffers are donated) and returns the one to go on with. Sequences
+    lie along `data` and `fsdp`, heads along `model`.
+    """
+
+    def __init__(
+        self,
+        model: ConfigDict,
+        sharding: Sharding,
+        *,
+        fold_tokens: int = FOLD_TOKENS,
+        state_dtype: str = "float32",
+    ):
+        """Takes what all caches have in common.
+
+        Args:
+          model: `config.model`.
+          sharding: as in training; the mesh must not cut sequences.
+          fold_tokens: C, steps between two folds: more make rings longer and write states less often.
+          state_dtype: "float32" or "bfloat16", of the states that are kept.
+
+        Raises:
+          UserError: a value that does not fit.
+        """
+        if sharding.mesh.shape["seq"] > 1:
+            raise UserError(
+                f"Decoding runs on a mesh with seq={sharding.mesh.shape['seq']}; use 1: a token cannot be cut."
+            )
+        if fold_tokens < 1:
+            raise UserError(f"fold_tokens is {fold_tokens}; give the steps between two folds, at least 1.")
+        if state_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"state_dtype is {state_dtype!r}; use float32 or bfloat16.")
+        self.model, self.sharding = model, sharding
+        self.layers = layers.layer_specs(model)
+        self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
+        self._operators = sharding.operators()
+        self._compiled = functools.lru_cache(maxsize=None)(self._compile)
+        self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
+        self._embed = jax.jit(layers.embed, out_shardings=sharding.named("batch", None, None))
+        self._begin_chunk = jax.jit(prefill.begin_chunk, static_argnames="T")
+
+    def weights(self, parameters: Tree) -> dict[str, Any]:
+        """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
+        return layers.decoding_weights(self.model, parameters, self.sharding)
+
+    def layout(self, batch: int, capacity: int) -> CacheLayout:
+        """Describes a cache for `batch` sequences of up to `capacity` tokens."""
+        model = self.model
+        return CacheLayout(batch, capacity, model.window, self._fold_tokens, model.compute_dtype, self._state_dtype)
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Allocates a cache for `batch` sequences of up to `capacity` tokens, prompt and output.
+
+        Raises:
+          UserError: the mesh does not divide the batch.
+        """
+        rows = self.row_multiple
+        if batch % rows or batch < 1 or capacity < 1:
+            raise UserError(
+                f"The cache is for {batch} sequences of {capacity} tokens; give at least 1 of each, and a multiple of "
+                f"the {rows} devices that sequences are spread over."
+            )
+        return caches.empty_cache(self.layers, self.layout(batch, capacity), self.sharding)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of sequences must be a multiple of."""
+        return int(np.prod([self.sharding.mesh.shape[axis] for axis in self.sharding.rules.batch]))
+
+    def prefill(
+        self,
+        weights: dict[str, Any],
+        cache: Cache,
+        tokens_BT: np.ndarray,
+        counts_B: np.ndarray | None = None,
+        segment_ids_BT: np.ndarray | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Runs a chunk of every sequence through the model, after what is in the cache.
+
+        Args:
+          weights: what `weights` returned.
+          cache: of the same model and window.
+          tokens_BT: int32; a sequence's own tokens are the last of its row, what is in front of them is ignored.
+          counts_B: how many are its own, 0 to T; None: all.
+          segment_ids_BT: int32, documents of the tokens, where a row packs several: sequences go on in the last. A
+            document that goes on keeps its id from chunk to chunk (0 before any was named), others have their own.
+
+        Returns:
+          x_BTD, from which `logits` makes logits_BTV (those of padding mean nothing), and the cache.
+
+        Raises:
+          UserError: the cache is for another window or another batch, or too short.
+        """
+        B, T = tokens_BT.shape
+        counts_B = np.full(B, T, np.int32) if counts_B is None else np.asarray(counts_B, np.int32)
+        self._check(cache, B)
+        held = np.asarray(cache.clock.length_B)
+        if (held + counts_B).max() > cache.layout.capacity:
+            raise UserError(
+                f"A prompt brings a sequence to {(held + counts_B).max()} tokens and the cache was allocated for "
+                f"{cache.layout.capacity}; allocate a longer cache or cut the prompt."
+            )
+        # A power of two, so that few lengths are compiled.
+        history = min(int(2 ** np.ceil(np.log2(held.max()))) if held.max() else 0, cache.layout.capacity)
+        chunk = self._begin_chunk(cache.clock, counts_B, segment_ids_BT, T=T)
+        x_BTD = self._embed(weights["model"], tokens_BT)
+        kept = []
+        for layer, w, layer_cache in zip(self.layers, weights["layers"], cache.layers, strict=True):
+            run = self._compiled("prefill_layer", cache.layout, (layer, history))
+            x_BTD, layer_cache = run(w, layer_cache, chunk, x_BTD)
+            kept.append(layer_cache)
+        return x_BTD, Cache(tuple(kept), chunk.after, cache.layout)
+
+    def logits(self, weights: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+        """Returns float32 logits_BTV of what `prefill` returned, or of a slice of it."""
+        return self._logits(weights["model"], x_BTD)
+
+    def step(self, weights: dict[str, Any], cache: Cache, tokens_B: np.ndarray) -> tuple[jax.Array, Cache]:
+        """Runs one given token of every sequence through the model; returns float32 logits_BV and the cache.
+
+        The cache drops what is past its capacity: who goes on beyond it gets logits that mean nothing.
+        """
+        self._check(cache, len(tokens_B))
+        return self._compiled("step", cache.layout, ())(weights, cache, tokens_B)
+
+    def sample(
+        self,
+        weights: dict[str, Any],
+        cache: Cache,
+        tokens_B: np.ndarray | jax.Array,
+        key: jax.Array,
+        first: int,
+        sampling: Sampling,
+    ) -> tuple[jax.Array, Cache]:
+        """Samples C tokens of every sequence on the device; see `rattn.decoding.step.sampled_steps`.
+
+        The cache drops what is past its capacity, as in `step`.
+        """
+        self._check(cache, len(tokens_B))
+        run = self._compiled("sample", cache.layout, (sampling,))
+        return run(weights, cache, tokens_B, key, np.int32(first))
+
+    def _compile(self, what: str, layout: CacheLayout, rest: tuple) -> Any:
+        """Makes the jitted function of a cache layout; the cache is donated and comes back as it lay."""
+        where = caches.cache_shardings(self.layers, layout, self.sharding)
+        if what == "step":
+            return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
+        if what == "sample":
+            run = functools.partial(
+                step.sampled_steps, self.layers, self.model, sampling=rest[0], steps=layout.fold_tokens
+            )
+            return jax.jit(run, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
+        layer, history = rest
+        run = functools.partial(prefill.prefill_layer, layer, layout, self._operators, history)
+        x_sharding = self.sharding.named("batch", None, None)
+        return jax.jit(run, donate_argnums=1, out_shardings=(x_sharding, where.layers[self.layers.index(layer)]))
+
+    def _step(self, weights: dict[str, Any], cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
+        cache = jax.lax.cond(
+            cache.clock.unfolded == cache.layout.fold_tokens,
+            lambda cache: caches.folded(self.layers, weights["layers"], cache),
+            lambda cache: cache,
+            cache,
+        )
+        return step.step(self.layers, self.model, weights, cache, tokens_B)
+
+    def _check(self, cache: Cache, batch: int) -> None:
+        expected = self.layout(cache.layout.batch, cache.layout.capacity)
+        for name, what in (("window", "a window"), ("fold_tokens", "fold_tokens"), ("state_dtype", "a state_dtype")):
+            found, wanted = getattr(cache.layout, name), getattr(expected, name)
+            if found != wanted:
+                raise UserError(
+                    f"The cache was allocated for {what} of {found} and this decoder has {wanted}; allocate another "
+                    "cache with its empty_cache."
+                )
+        if batch != cache.layout.batch:
+            raise UserError(
+                f"There are {batch} rows of tokens and the cache was allocated for {cache.layout.batch} sequences; "
+                "give one row for each."
+            )

@@ -1,0 +1,222 @@
+"""What a layer is when it decodes: its description, its weights, and the arithmetic beside attention."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rattn.model.layers import ACTIVATIONS, rms_norm
+from rattn.sharding import Sharding
+
+Tree = Any
+Weights = Mapping[str, jax.Array]
+
+# Logical dims of a layer's weights. A key/value head's G query projections, its key's and its value's stand together
+# (A = G + 2), and so do gate and up: one matrix product each, which no number of devices along `model` cuts wrongly.
+LAYER_DIMS = {
+    "qkv_DKAH": ("embed", "kv_heads", None, "head_dim"),
+    "out_KGHD": ("kv_heads", None, "head_dim", "embed"),
+    "gate_up_DCF": ("embed", None, "mlp"),
+    "down_FD": ("mlp", "embed"),
+    "softmax_norm_KGH": ("kv_heads", None, "head_dim"),
+    "linear_norm_KGH": ("kv_heads", None, "head_dim"),
+    "q_norm_H": ("head_dim",),
+    "k_norm_H": ("head_dim",),
+    "mixer_norm_D": ("embed",),
+    "mlp_norm_D": ("embed",),
+}
+MODEL_DIMS = {"embedding_VD": ("vocab", "embed"), "unembedding_VD": ("vocab", "embed"), "final_norm_D": ("embed",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What tells one layer's computation from another's; the fields are the config's.
+
+    Attributes:
+      kind: the mixer.
+      window: W; 0 for a linear layer. No other kind than swa and rattention reads it.
+      rope_theta: None without rotary positions.
+    """
+
+    kind: str
+    window: int
+    rope_theta: float | None
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    feature_map: str
+    qk_norm: bool
+    feature_map_after_qk_norm: bool
+    norm_epsilon: float
+    activation: str
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether there is a softmax branch."""
+        return self.kind != "linear"
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether there is a linear branch, and so a state."""
+        return self.kind in ("rattention", "linear")
+
+    @property
+    def group(self) -> int:
+        """G, the query heads of a key/value head."""
+        return self.query_heads // self.kv_heads
+
+
+def layer_specs(model: ConfigDict) -> tuple[LayerSpec, ...]:
+    """Describes every layer of `config.model`."""
+    specs = []
+    for index in range(model.layers):
+        place = index % len(model.pattern)
+        kind = model.pattern[place]
+        specs.append(
+            LayerSpec(
+                kind=kind,
+                window=0 if kind == "linear" else model.window,
+                rope_theta=model.rope_theta if model.rope_pattern[place] else None,
+                query_heads=model.query_heads,
+                kv_heads=model.kv_heads,
+                head_dim=model.head_dim,
+                feature_map=model.feature_map,
+                qk_norm=model.qk_norm,
+                feature_map_after_qk_norm=model.feature_map_after_qk_norm,
+                norm_epsilon=model.norm_epsilon,
+                activation=model.activation,
+            )
+        )
+    return tuple(specs)
+
+
+def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding) -> dict[str, Any]:
+    """Lays training's parameters out for decoding: one tree a layer, matrices in the compute dtype, norms in float32.
+
+    Args:
+      model: `config.model`.
+      parameters: as `ModelSpec.shapes`, of any float dtype; they are not changed.
+      sharding: where the result goes.
+
+    Returns:
+      {"model": …, "layers": (…)}, with the names and dims of `MODEL_DIMS` and `LAYER_DIMS`.
+    """
+    dtype = jnp.dtype(model.compute_dtype)
+
+    def placed(convert: Callable[..., Weights], dims: dict[str, tuple], tree: Tree, *index: Any) -> Weights:
+        shardings = {name: sharding.named(*dims[name]) for name in jax.eval_shape(convert, tree, *index)}
+        return jax.jit(convert, out_shardings=shardings)(tree, *index)
+
+    def of_repeat(tree: Tree, repeat: jax.Array) -> Weights:
+        return of_layer(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, repeat, keepdims=False), tree))
+
+    def of_layer(tree: Tree) -> Weights:
+        return _layer_weights(model, tree, dtype)
+
+    layers = []
+    for index in range(model.layers):
+        repeat, place = divmod(index, len(model.pattern))
+        if repeat < model.layers // len(model.pattern):
+            stacked = parameters["blocks"]["layers"][place]
+            layers.append(placed(of_repeat, LAYER_DIMS, stacked, np.int32(repeat)))
+        else:
+            layers.append(placed(of_layer, LAYER_DIMS, parameters["remainder"][place]))
+    top = {name: tree for name, tree in parameters.items() if name not in ("blocks", "remainder")}
+    return {"model": placed(functools.partial(_model_weights, dtype), MODEL_DIMS, top), "layers": tuple(layers)}
+
+
+def _model_weights(dtype: jnp.dtype, tree: Tree) -> dict[str, jax.Array]:
+    weights = {
+        "embedding_VD": tree["embedding_VD"].astype(dtype),
+        "final_norm_D": tree["final_norm"]["scale"].astype(jnp.float32),
+    }
+    if "unembedding_DV" in tree:
+        weights["unembedding_VD"] = tree["unembedding_DV"].T.astype(dtype)
+    return weights
+
+
+def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    mixer, mlp = tree["mixer"], tree["mlp"]
+    D, K, H = mixer["k_DKH"].shape
+    G = model.query_heads // K
+    q_DKGH = mixer["q_DNH"].reshape(D, K, G, H)
+    weights = {
+        "qkv_DKAH": jnp.concatenate([q_DKGH, mixer["k_DKH"][:, :, None], mixer["v_DKH"][:, :, None]], axis=2),
+        "out_KGHD": mixer["out_NHD"].reshape(K, G, H, D),
+        "gate_up_DCF": jnp.stack([mlp["gate_DF"], mlp["up_DF"]], axis=1),
+        "down_FD": mlp["down_FD"],
+    }
+    norms = {"mixer_norm_D": tree["mixer_norm"]["scale"], "mlp_norm_D": tree["mlp_norm"]["scale"]}
+    for name in ("q_norm", "k_norm"):
+        if name in mixer:
+            norms[f"{name}_H"] = mixer[name]["scale"]
+    for name in ("softmax_norm", "linear_norm"):
+        if name in mixer:
+            norms[f"{name}_KGH"] = mixer[name]["scale"].reshape(K, G, H)
+    return {name: x.astype(dtype) for name, x in weights.items()} | {
+        name: x.astype(jnp.float32) for name, x in norms.items()
+    }
+
+
+def project(layer: LayerSpec, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norms and projects the residual stream [..., D] to q [..., K, G, H] and k, v [..., K, H]."""
+    x = rms_norm(x, weights["mixer_norm_D"], layer.norm_epsilon)
+    qkv = jnp.einsum("...d,dkah->...kah", x, weights["qkv_DKAH"])
+    return qkv[..., : layer.group, :], qkv[..., layer.group, :], qkv[..., layer.group + 1, :]
+
+
+def softmax_query(layer: LayerSpec, weights: Weights, q: jax.Array) -> jax.Array:
+    """Norms a projected q for the softmax branch; positions come later."""
+    return rms_norm(q, weights["q_norm_H"], layer.norm_epsilon) if layer.qk_norm else q
+
+
+def softmax_key(layer: LayerSpec, weights: Weights, k: jax.Array) -> jax.Array:
+    """Norms a projected k for the softmax branch; positions come later."""
+    return rms_norm(k, weights["k_norm_H"], layer.norm_epsilon) if layer.qk_norm else k
+
+
+def linear_query(layer: LayerSpec, weights: Weights, q: jax.Array) -> jax.Array:
+    """Returns a projected q as φ takes it."""
+    return softmax_query(layer, weights, q) if layer.feature_map_after_qk_norm else q
+
+
+def linear_key(layer: LayerSpec, weights: Weights, k: jax.Array) -> jax.Array:
+    """Returns a projected k as φ takes it."""
+    return softmax_key(layer, weights, k) if layer.feature_map_after_qk_norm else k
+
+
+def finish(
+    layer: LayerSpec, weights: Weights, x: jax.Array, softmax: jax.Array | None, linear: jax.Array | None
+) -> jax.Array:
+    """Adds to x [..., D] what the branches [..., K, G, H] say, and then the feed-forward."""
+    normed = []
+    if softmax is not None:
+        normed.append(
+            rms_norm(softmax, weights["softmax_norm_KGH"], layer.norm_epsilon) if layer.has_linear else softmax
+        )
+    if linear is not None:
+        normed.append(rms_norm(linear, weights["linear_norm_KGH"], layer.norm_epsilon))
+    x = x + jnp.einsum("...kgh,kghd->...d", sum(normed[1:], normed[0]), weights["out_KGHD"])
+    h = rms_norm(x, weights["mlp_norm_D"], layer.norm_epsilon)
+    gate_up = jnp.einsum("...d,dcf->...cf", h, weights["gate_up_DCF"])
+    hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return x + jnp.einsum("...f,fd->...d", hidden, weights["down_FD"])
+
+
+def embed(weights: Weights, tokens: jax.Array) -> jax.Array:
+    """Returns the residual stream [..., D] of int32 tokens."""
+    table_VD = weights["embedding_VD"]
+    return table_VD[tokens] * jnp.asarray(table_VD.shape[1] ** 0.5, table_VD.dtype)
+
+
+def logits(model: ConfigDict, weights: Weights, x: jax.Array) -> jax.Array:
+    """Returns float32 logits [..., V] of the residual stream that left the last layer."""
+    x = rms_norm(x, weights["final_norm_D"], model.norm_epsilon)
+    table_VD = weights.get("unembedding_VD", weights["embedding_VD"])
+    out = jnp.einsum("...d,vd->...v", x, table_VD, preferred_element_type=jnp.float32)
+    return model.logits_soft_cap * jnp.tanh(out / model.logits_soft_cap) if model.logits_soft_cap else out
