@@ -187,6 +187,7 @@ class Sharding:
         """Runs `attention` on every device's own rows, heads and tokens: XLA cannot split a kernel by itself."""
         heads, kv_heads = (self.rules.spec(("batch", "length", dim, "head_dim")) for dim in ("heads", "kv_heads"))
         ids = self.rules.spec(("batch", "length"))
+        states = self.rules.spec(("batch", "kv_heads", None, "head_dim"))
 
         def mapped(
             q_BTNH: jax.Array,
@@ -195,23 +196,30 @@ class Sharding:
             *,
             q_segment_ids: jax.Array | None = None,
             kv_segment_ids: jax.Array | None = None,
+            initial_state: jax.Array | None = None,
+            return_state: bool = False,
             **static: Any,
-        ) -> jax.Array:
+        ) -> jax.Array | tuple[jax.Array, jax.Array]:
             if kv_segment_ids is None:
                 q_segment_ids, kv_segment_ids = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q_BTNH, k_BTKH))
+            # Softmax attention knows of no state.
+            given = {} if initial_state is None else {"initial_state": initial_state}
+            wanted = {"return_state": True} if return_state else {}
 
-            def local(q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array, kv_ids: jax.Array) -> jax.Array:
-                return attention(q, k, v, q_segment_ids=q_ids, kv_segment_ids=kv_ids, **static)
+            def local(
+                q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array, kv_ids: jax.Array, given: dict
+            ) -> jax.Array | tuple[jax.Array, jax.Array]:
+                return attention(q, k, v, q_segment_ids=q_ids, kv_segment_ids=kv_ids, **given, **wanted, **static)
 
             # check_vma: a Pallas call does not say over which axes its result varies.
             run = jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(heads, kv_heads, kv_heads, ids, ids),
-                out_specs=heads,
+                in_specs=(heads, kv_heads, kv_heads, ids, ids, states),
+                out_specs=(heads, states) if return_state else heads,
                 check_vma=False,
             )
-            return run(q_BTNH, k_BTKH, v_BTKH, q_segment_ids, kv_segment_ids)
+            return run(q_BTNH, k_BTKH, v_BTKH, q_segment_ids, kv_segment_ids, given)
 
         return mapped
 
