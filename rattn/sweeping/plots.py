@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -101,10 +102,6 @@ def _against_window(group: Group, axes: Axes) -> tuple[str, str] | None:
     for variant in group.variants:
         if variant.window is None:
             axes.axhline(variant.mean(loss), color=_colour(variant.mixer), linestyle="--", linewidth=1.3)
-            axes.annotate(
-                variant.label, (1, variant.mean(loss)), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                textcoords="offset points", ha="right", fontsize=9, color=_colour(variant.mixer),
-            )  # fmt: skip
             axes.axhspan(min(variant.values(loss)), max(variant.values(loss)), color=_colour(variant.mixer), alpha=0.13)
     for mixer in group.windowed:
         curve = group.curve(mixer)
@@ -117,7 +114,14 @@ def _against_window(group: Group, axes: Axes) -> tuple[str, str] | None:
     _window_ticks(axes, windows)
     axes.set(xlabel="window W (tokens, the query included)", ylabel="validation loss (nats a token)")
     _bits_axis(group, axes)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.94))
+    _keep_the_rest_in_view(axes, {variant.label: [variant.mean(loss)] for variant in group.variants})
+    for variant in group.variants:
+        if variant.window is None and variant.mean(loss) < axes.get_ylim()[1]:
+            axes.annotate(
+                variant.label, (0, variant.mean(loss)), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                textcoords="offset points", fontsize=9, color=_colour(variant.mixer),
+            )  # fmt: skip
+    _legend(axes)
     return "Loss against window", (
         "Curves join the means over seeds, dots are seeds; dashed lines are the models without a window, their bands "
         "the range over seeds."
@@ -128,9 +132,7 @@ def _against_cache(group: Group, axes: Axes) -> tuple[str, str]:
     """Loss over decode cache, with the Pareto front."""
     _scatter_with_front(group, axes, lambda run: run.cache_bytes / 2**20)
     context = group.runs[0].own["context_length"]
-    axes.set_xscale("log", base=2)
-    places = [variant.mean(lambda run: run.cache_bytes / 2**20) for variant in group.variants]
-    _number_ticks(axes, places)
+    _log_axis(axes)
     axes.set(
         xlabel=f"decode cache of one sequence of {context:,} tokens (MiB)", ylabel="validation loss (nats a token)"
     )
@@ -156,7 +158,7 @@ def _against_step_time(group: Group, axes: Axes) -> tuple[str, str] | None:
 def _by_context(group: Group, axes: Axes) -> tuple[str, str] | None:
     """Loss by what stands before the target in its document."""
     what = _curves(group, axes, "by_context_tokens")
-    axes.set_xscale("log", base=2)
+    _log_axis(axes)
     axes.set(xlabel="tokens of the document before the target", ylabel=what)
     return "Loss by context", (
         "Validation loss by how many tokens of its own document a target has before it, in bins of powers of two"
@@ -180,8 +182,10 @@ def _recall_accuracy(group: Group, axes: Axes) -> tuple[str, str] | None:
     for variant, style in _styled(group):
         bins = variant.bins("recall_by_distance")
         axes.plot([_centre(bin) for bin in bins], [bin["accuracy"] for bin in bins], label=variant.label, **style)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="distance to the nearest occurrence (tokens)", ylabel="accuracy on recall tokens")
+    _log_axis(axes)
+    axes.set(
+        xlabel="distance to the nearest occurrence (tokens)", ylabel="accuracy on recall tokens", ylim=(-0.02, 1.02)
+    )
     _legend(axes)
     return "Recall by distance: accuracy", (
         "Share of recall tokens that are the model's likeliest token, by distance to the nearest earlier occurrence; "
@@ -194,7 +198,7 @@ def _recall_loss(group: Group, axes: Axes) -> tuple[str, str] | None:
     if not _has_recall(group):
         return None
     what = _curves(group, axes, "recall_by_distance")
-    axes.set_xscale("log", base=2)
+    _log_axis(axes)
     axes.set(xlabel="distance to the nearest occurrence (tokens)", ylabel=what)
     return "Recall by distance: loss", (
         "Loss on recall tokens by distance to the nearest earlier occurrence" + _less_full(what)
@@ -205,11 +209,13 @@ def _by_length(group: Group, axes: Axes) -> tuple[str, str] | None:
     """Loss at multiples of the training length."""
     if max(len(run.lengths) for run in group.runs) < 2:
         return None
-    ticks = sorted({length for run in group.runs for length in run.lengths})
+    ticks, heights = sorted({length for run in group.runs for length in run.lengths}), {}
     for variant, style in _styled(group):
         lengths = [length for length in ticks if all(run.at(length) for run in variant.runs)]
         means = [variant.mean(lambda run, length=length: run.at(length)["nats_per_token"]) for length in lengths]
         axes.plot(lengths, means, label=variant.label, **style)
+        heights[variant.label] = means
+    _keep_the_rest_in_view(axes, heights)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -260,6 +266,7 @@ def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float]) 
         if variant.window is not None:
             axes.annotate(str(variant.window), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.margins(0.12)
+    _keep_the_rest_in_view(axes, {variant.label: [variant.mean(loss)] for variant in group.variants})
     _legend(axes)
 
 
@@ -267,13 +274,15 @@ def _curves(group: Group, axes: Axes, kind: str) -> str:
     """Draws the bins of `kind`, less full attention's where it is there; returns what the y axis says."""
     full = group.full
     base = {bin["first"]: bin["nats_per_token"] for bin in full.bins(kind)} if full else {}
-    relative = bool(base) and len(group.variants) > 1
+    relative, heights = bool(base) and len(group.variants) > 1, {}
     for variant, style in _styled(group):
         bins = variant.bins(kind)
         if relative:
             bins = [bin for bin in bins if bin["first"] in base]
         values = [bin["nats_per_token"] - (base[bin["first"]] if relative else 0) for bin in bins]
         axes.plot([_centre(bin) for bin in bins], values, label=variant.label, **style)
+        heights[variant.label] = values
+    _keep_the_rest_in_view(axes, heights)
     _legend(axes)
     return "loss − full attention's (nats a token)" if relative else "loss (nats a token)"
 
@@ -332,13 +341,37 @@ def _window_ticks(axes: Axes, windows: Sequence[int]) -> None:
     axes.margins(x=0.06)
 
 
-def _number_ticks(axes: Axes, places: Sequence[float]) -> None:
-    """Powers of two in plain numbers, around the places."""
-    low, high = min(places), max(places)
-    ticks = [tick for exponent in range(-12, 24) if low / 2 <= (tick := 2.0**exponent) <= high * 2]
-    step = -(-len(ticks) // 8)
+def _log_axis(axes: Axes) -> None:
+    """A logarithmic axis of powers of two in plain numbers, of what is drawn on it."""
+    low, high = axes.get_xlim() if axes.get_xlim()[0] > 0 else (axes.dataLim.minposx, axes.dataLim.x1)
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ticks[::step], [f"{tick:g}" if tick >= 0.01 else f"{tick:.1e}" for tick in ticks[::step]])
+    exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    ticks = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 9)]]
+    axes.set_xticks(ticks, [f"{tick:,g}" if tick >= 1e-2 else f"{tick:.1e}" for tick in ticks])
+    axes.set_xlim(low / 1.15, high * 1.15)
+
+
+def _keep_the_rest_in_view(axes: Axes, heights: dict[str, list[float]]) -> None:
+    """Leaves the linear model above the axes where it would flatten what all others do.
+
+    Args:
+      axes: after everything is drawn.
+      heights: of each variant's label.
+    """
+    rest = [height for label, values in heights.items() if label != "linear" for height in values]
+    linear = heights.get("linear", [])
+    if len(heights) < 3 or not linear or not rest:
+        return
+    low, high = min(rest), max(rest)
+    if max(linear) <= high + 1.5 * (high - low):
+        return
+    axes.set_ylim(low - 0.12 * (high - low), high + 0.2 * (high - low))
+    value = f"{linear[0]:.3f}" if len(linear) == 1 else f"{min(linear):.3f} to {max(linear):.3f}"
+    axes.annotate(
+        f"linear, above: {value}", (0.5, 1), xycoords="axes fraction", xytext=(0, -4), textcoords="offset points",
+        ha="center", va="top", fontsize=9, color=_colour("linear"),
+    )  # fmt: skip
 
 
 def _centre(bin: dict[str, Any]) -> float:

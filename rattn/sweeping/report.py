@@ -26,12 +26,15 @@ h3 { font-size: 1rem; margin: 0 0 .25rem; } p { margin: .5rem 0; max-width: 52re
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .verdict { background: var(--mark); border-left: 4px solid #3b8edb; padding: .5rem 1rem; margin: 1rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 2rem; }
-figure { margin: 0; min-width: 0; } .scroll { overflow-x: auto; }
+figure { margin: 0; min-width: 0; }
+figcaption { margin-top: .5rem; }
+section > .scroll { margin: 0 0 2rem; } .scroll { overflow-x: auto; }
 figure svg { display: block; width: 100%; min-width: 26rem; height: auto; }
 figure svg text { font-family: system-ui, sans-serif; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
 td.good { font-weight: 600; } code { font-size: .9em; overflow-wrap: anywhere; }
 """
 NO_FIGURE = "–"
@@ -135,15 +138,25 @@ def _section(group: Group, drawn: Sequence[Any], epsilon: float | None, *, title
         for plot in drawn
     )
     return (
-        f'<section>{title}<div class="verdict">{sentences}</div>{_table(group, epsilon)}'
+        f'<section>{title}<p class="soft">{_budget(group)}</p>'
+        f'<div class="verdict">{sentences}</div>{_table(group, epsilon)}'
         f'<div class="figures">{figures}</div></section>'
     )
+
+
+def _budget(group: Group) -> str:
+    """Tokens that the group's models have seen, and how often they saw the corpus."""
+    tokens = sorted({run.evaluation["tokens_seen"] for run in group.runs})
+    epochs = sorted({round(run.evaluation["epochs"], 2) for run in group.runs})
+    said = " to ".join(readable_count(value) for value in dict.fromkeys((tokens[0], tokens[-1])))
+    passes = " to ".join(f"{value:g}" for value in dict.fromkeys((epochs[0], epochs[-1])))
+    return f"{len(group.runs)} runs, each trained on {said} tokens: {passes} passes over the training text."
 
 
 def _table(group: Group, epsilon: float | None) -> str:
     full = group.full
     header = ["", "seeds", "loss", "± spread", "bits per byte", "against full", "recall loss beyond W", "against full"]
-    header += ["within ε", "cache", "step ms", "tokens/s", "parameters", "tokens seen", "epochs"]
+    header += ["within ε", "cache", "step ms", "tokens/s", "parameters"]
     rows = []
     for variant in group.variants:
         compared = compare(variant, full, epsilon) if full and variant is not full else None
@@ -164,8 +177,6 @@ def _table(group: Group, epsilon: float | None) -> str:
                 _number(_step_ms(variant), ".1f"),
                 _number(variant.mean(lambda run: run.tokens_per_second), ",.0f"),
                 readable_count(variant.runs[0].evaluation["parameters"]),
-                readable_count(variant.runs[0].evaluation["tokens_seen"]),
-                f"{variant.runs[0].evaluation['epochs']:.2f}",
             ]
         )
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)

@@ -164,7 +164,7 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """Sorts results into groups, in the order in which they are first met, and variants by mixer and window."""
+    """Sorts results into groups, fewest tokens first, and variants by mixer and window."""
     groups: dict[str, dict[tuple[str, int | None], list[Run]]] = {}
     for result in results:
         run = Run(result)
@@ -174,10 +174,11 @@ def grouped(results: Sequence[Result]) -> list[Group]:
         mixer, window = key
         return (MIXER_ORDER.index(mixer) if mixer in MIXER_ORDER else len(MIXER_ORDER), mixer, window or 0)
 
-    return [
+    made = [
         Group(name, tuple(Variant(*key, tuple(variants[key])) for key in sorted(variants, key=place)))
         for name, variants in groups.items()
     ]
+    return sorted(made, key=lambda group: (min(run.evaluation["tokens_seen"] for run in group.runs), group.name))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
