@@ -8,6 +8,11 @@ import sys
 import time
 
 import jax
+import numpy as np
+
+from rattn.checkpoint import Checkpoints
+from rattn.model.parameters import model_spec
+from rattn.optimizer import make_optimizer
 
 STEPS = 100
 
@@ -43,9 +48,11 @@ def lines(workdir):
     found = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        key = (values["step"], "eval" if "eval/loss" in values else "train")
+        kinds = {"eval/loss": "eval", "branches/loss": "branches"}
+        key = (values["step"], next((kind for name, kind in kinds.items() if name in values), "train"))
         assert key not in found, f"{key} is there twice"
-        found[key] = {k: v for k, v in values.items() if k not in ("tokens_per_second", "data_wait_fraction")}
+        times = ("tokens_per_second", "data_wait_fraction")
+        found[key] = {name: value for name, value in values.items() if not name.endswith(times)}
     return found
 
 
@@ -65,3 +72,26 @@ def interrupt(process, workdir, first, last, number, also=None):
             return step
         time.sleep(0.002)
     raise AssertionError(f"the run ended before step {wanted}: {process.communicate()}")
+
+
+def final_state(workdir, config):
+    """The arrays of the checkpoint of a run's last step, with their paths."""
+    spec = model_spec(config.model)
+    shapes = {"parameters": spec.shapes, "step": jax.ShapeDtypeStruct((), np.int32)}
+    optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
+    shapes["optimizer"] = jax.eval_shape(optimizer.init, spec.shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        assert checkpoints.latest_step() == config.total_steps
+        return jax.tree_util.tree_leaves_with_path(checkpoints.restore(config.total_steps, target))
+    finally:
+        checkpoints.close()
+
+
+def assert_same_state(workdir, other, config, note=""):
+    """The last states of two finished runs of `config` are equal bit for bit."""
+    ours, theirs = final_state(workdir, config), final_state(other, config)
+    for (path, leaf), (_, wanted) in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted), err_msg=f"{path}, {note}")

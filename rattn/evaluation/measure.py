@@ -80,7 +80,8 @@ def measure(
     }
     frequent = _frequent(config, recall)
     found = {}
-    for length in lengths:
+    # The longest first: it is the one for which the split may be too short.
+    for length in sorted(lengths, reverse=True):
         rows = _read_rows(config, sharding, length, math.lcm(*lengths), max_tokens, recall, frequent)
         for window, model in models.items():
             measured = _measure_one(config, model, parameters, sharding, rows)

@@ -70,6 +70,18 @@ def test_mixer_turns_local_layers_alone():
         ({"loss.chunk_tokens": 100}, "config.loss.chunk_tokens is 100 and config.context_length 512"),
         ({"optimizer.warmup_steps": 2000}, "warmup_steps + decay_steps is 2000 and config.total_steps 1000"),
         ({"optimizer.name": "adamW"}, "config.optimizer.name is 'adamW', did you mean 'adamw'"),
+        (
+            {"model.window_choices": (8, 8)},
+            "config.model.window_choices is (8, 8); give different windows of at least 0",
+        ),
+        ({"model.pattern": ("swa",) * 4, "model.window_choices": (0, 8)}, "give different windows of at least 1"),
+        (
+            {"model.pattern": ("full",) * 4, "model.window_choices": (8,)},
+            "and no mixer of ('full', 'full', 'full', 'full')",
+        ),
+        ({"model.window_choices": (8,), "model.window_weights": (1, 2)}, "config.model.window_weights is (1, 2)"),
+        ({"model.window_final_steps": 1001}, "config.model.window_final_steps is 1001 and config.total_steps 1000"),
+        ({"init_from_what": "all"}, "config.init_from_what is 'all'; use one of everything, parameters"),
         ({"on_non_finite": "pray"}, "config.on_non_finite is 'pray'; use one of stop, skip"),
     ],
 )

@@ -4,32 +4,12 @@ import json
 import shutil
 import signal
 
-import jax
 import numpy as np
 import pytest
 
-from rattn.checkpoint import Checkpoints
 from rattn.errors import UserError
-from rattn.model.parameters import model_spec
-from rattn.optimizer import make_optimizer
 from rattn.train import train
-from tests.runs import STEPS, finish, interrupt, lines, start
-
-
-def final_state(workdir, miniature):
-    """The arrays of the last checkpoint, by path."""
-    config = miniature(f"steps={STEPS}")
-    spec = model_spec(config.model)
-    shapes = {"parameters": spec.shapes, "step": jax.ShapeDtypeStruct((), np.int32)}
-    shapes["optimizer"] = jax.eval_shape(make_optimizer(config.optimizer, STEPS, spec.logical).init, spec.shapes)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=20)
-    try:
-        assert checkpoints.latest_step() == STEPS
-        return jax.tree_util.tree_leaves_with_path(checkpoints.restore(STEPS, target))
-    finally:
-        checkpoints.close()
+from tests.runs import STEPS, assert_same_state, finish, interrupt, lines, start
 
 
 def test_killed_and_stopped_and_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, stream_folder, miniature):
@@ -48,9 +28,7 @@ def test_killed_and_stopped_and_resumed_equals_uninterrupted_bit_for_bit(whole, 
     assert status == 0, err
     note = f"killed at {killed_at}, stopped at {stopped_at}"
     assert lines(workdir) == lines(whole[0]), note
-    ours, theirs = (final_state(folder, miniature) for folder in (workdir, whole[0]))
-    for (path, leaf), (_, wanted) in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted), err_msg=f"{path}, {note}")
+    assert_same_state(workdir, whole[0], miniature(f"steps={STEPS}"), note)
 
 
 def test_another_mesh_continues_with_the_same_losses(whole, tmp_path, stream_folder):
@@ -132,7 +110,9 @@ def test_damaged_checkpoint_names_the_one_before(whole, tmp_path, miniature):
 
 
 def test_vocabulary_larger_than_the_model_is_refused(miniature, tmp_path):
-    with pytest.raises(UserError, match=r"config.model.vocab_size is 200 and the vocabulary of config.data has 259 ids"):
+    with pytest.raises(
+        UserError, match=r"config.model.vocab_size is 200 and the vocabulary of config.data has 259 ids"
+    ):
         train(miniature(model__vocab_size=200), tmp_path)
 
 
