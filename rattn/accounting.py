@@ -258,5 +258,6 @@ def readable_bytes(value: float) -> str:
     """Three digits and a unit: 1.5 GiB."""
     for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= limit:
-            return f"{value / limit:.3g} {unit}"
+            # 1000 to 1023 have four digits.
+            return f"{value / limit:.{3 if value < 999.5 * limit else 4}g} {unit}"
     return f"{value:.0f} B"

@@ -16,11 +16,13 @@ class Sampling:
       temperature: divides the logits; 0 takes the best token.
       top_k: only the best `top_k` tokens stand for the draw; 0: all.
       top_p: of these, only the best whose probabilities reach `top_p` together; 1: all.
+      ids: only ids below it are drawn; 0: all.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    ids: int = 0
 
     def __post_init__(self):
         """Raises UserError for what is no probability, count or temperature."""
@@ -34,6 +36,7 @@ class Sampling:
 
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Returns int32 [B] tokens; row b draws with `fold_in(key, b)`, whatever the other rows are."""
+    logits_BV = logits_BV[:, : sampling.ids or None]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / sampling.temperature

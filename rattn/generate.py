@@ -1,0 +1,357 @@
+"""python -m rattn.generate --checkpoint runs/tiny --prompt "Fellow citizens" [--max_tokens 256] [--window 128]
+
+Samples from a run's checkpoint, at any window (nothing in the weights depends on it), and prints the text as it comes.
+`--report` prints what the cache takes instead, for a checkpoint or a recipe (`--config configs/rattn_3b.py`). As a
+library: `Generator`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from rattn import platform
+from rattn.accounting import FOLD_TOKENS
+from rattn.config import run_main, saved_config, validate
+from rattn.data.vocabulary import Vocabulary, load_vocabulary
+from rattn.decoding import report
+from rattn.decoding.decoder import Decoder
+from rattn.decoding.sampling import Sampling, sample
+from rattn.decoding.text import TextStream
+from rattn.errors import UserError
+from rattn.model.parameters import model_spec
+from rattn.restore import parameters_of
+from rattn.sharding import AXES, Sharding, make_mesh
+
+# Caches are allocated in multiples of this, so that a generator compiles for few lengths.
+CAPACITY_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text that a prompt has got since its last piece.
+
+    Attributes:
+      prompt: the prompt's place in the list.
+      text: may be empty in the last piece.
+      completion: all of it, in the last piece; None before.
+    """
+
+    prompt: int
+    text: str
+    completion: "Completion | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for a prompt.
+
+    Attributes:
+      text: without the prompt.
+      ids: its tokens, without EOS.
+      ended: whether the model ended it with EOS, and not `max_tokens`.
+    """
+
+    text: str
+    ids: list[int]
+    ended: bool
+
+
+class Generator:
+    """Generates text from a model's parameters.
+
+        generator = Generator.from_checkpoint("runs/tiny", window=128)
+        for completion in generator.generate(["Fellow citizens", "The war"], max_tokens=200):
+            print(completion.text)
+
+    Prompts of any lengths go through the model in batches; each compiled function is kept for the next call. What a
+    prompt gets does not depend on the others of its batch, up to the rounding of sums. For the caches themselves
+    (prefill in chunks, one token at a time, resuming) see `rattn.decoding.decoder.Decoder`, which is `.decoder` here.
+    """
+
+    def __init__(
+        self,
+        model: ConfigDict,
+        parameters: Any,
+        vocabulary: Vocabulary,
+        sharding: Sharding | None = None,
+        *,
+        batch_size: int = 32,
+        prefill_tokens: int = 512,
+        fold_tokens: int = FOLD_TOKENS,
+        state_dtype: str = "float32",
+    ):
+        """Lays the parameters out for decoding.
+
+        Args:
+          model: `config.model`, with the window to run at.
+          parameters: as `rattn.restore.parameters_of` or `rattn.model.parameters.initial_parameters` returns them.
+          vocabulary: of the prompts.
+          sharding: over which devices; the first one alone if not given.
+          batch_size: most prompts that are generated for at a time.
+          prefill_tokens: most tokens of a prompt that go through the model at a time.
+          fold_tokens: C (`rattn.decoding`); also how many tokens come at a time.
+          state_dtype: "float32" or "bfloat16", of the states between tokens.
+
+        Raises:
+          UserError: a value that does not fit.
+        """
+        self.decoder = Decoder(model, sharding or on_devices(1, 1), fold_tokens=fold_tokens, state_dtype=state_dtype)
+        self.vocabulary = vocabulary
+        self._weights = self.decoder.weights(parameters)
+        if batch_size < 1 or prefill_tokens < 1:
+            raise UserError(f"batch_size is {batch_size} and prefill_tokens {prefill_tokens}; both must be at least 1.")
+        self._batch_size, self._prefill_tokens = batch_size, prefill_tokens
+        self._known_V = vocabulary.token_bytes() > 0
+        self._sample = jax.jit(sample, static_argnames="sampling")
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        workdir: epath.PathLike,
+        *,
+        step: int = 0,
+        window: int | None = None,
+        sharding: Sharding | None = None,
+        **options: Any,
+    ) -> "Generator":
+        """Restores the parameters of a run.
+
+        Args:
+          workdir: the run's.
+          step: of the checkpoint; 0: the last.
+          window: to run at; the run's own if not given.
+          sharding: as in `Generator`.
+          **options: those of `Generator`.
+
+        Raises:
+          UserError: there is no such run or checkpoint, or the window cannot be.
+        """
+        config = at_window(saved_config(workdir), window)
+        sharding = sharding or on_devices(1, 1)
+        parameters, _, _ = parameters_of(workdir, step, model_spec(config.model), sharding)
+        return cls(config.model, parameters, load_vocabulary(workdir), sharding, **options)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        capacity: int | None = None,
+    ) -> list[Completion]:
+        """Returns a completion for each prompt, in order; arguments and errors as `stream`."""
+        pieces = self.stream(prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, capacity=capacity)
+        done = {piece.prompt: piece.completion for piece in pieces if piece.completion}
+        return [done[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        capacity: int | None = None,
+    ) -> Iterator[Piece]:
+        """Yields text as it comes; every prompt's last piece holds its completion.
+
+        Args:
+          prompts: texts, or ids; at least one token each.
+          max_tokens: of a completion.
+          sampling: how; from all tokens at temperature 1 if not given.
+          seed: of the draws: those of a prompt are a function of (seed, its place in the list).
+          capacity: tokens that the cache is allocated for; as many as needed if not given.
+
+        Raises:
+          UserError: a prompt that is empty, too long, or holds an unknown token.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; ask for at least 1.")
+        # The model may have more ids than the vocabulary, for the sake of its shapes.
+        sampling = dataclasses.replace(sampling or Sampling(), ids=self.vocabulary.size)
+        ids = [self._encoded(index, prompt) for index, prompt in enumerate(prompts)]
+        for index, prompt in enumerate(ids):
+            if capacity and len(prompt) + max_tokens > capacity:
+                raise UserError(
+                    f"Prompt {index} has {len(prompt)} tokens, which with max_tokens={max_tokens} do not fit in a "
+                    f"cache of {capacity}; cut the prompt, ask for fewer tokens or raise the capacity."
+                )
+        for first in range(0, len(ids), self._batch_size):
+            batch = ids[first : first + self._batch_size]
+            key = jax.random.fold_in(jax.random.key(seed), first)
+            for piece in self._batch(batch, max_tokens, sampling, key, capacity):
+                yield dataclasses.replace(piece, prompt=first + piece.prompt)
+
+    def _encoded(self, index: int, prompt: str | Sequence[int]) -> list[int]:
+        vocabulary = self.vocabulary
+        ids = vocabulary.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise UserError(f"Prompt {index} is empty; give at least one token to go on from.")
+        for place, i in enumerate(ids):
+            if not 0 <= i < vocabulary.size:
+                raise UserError(f"Prompt {index} has id {i}; the vocabulary has ids 0 to {vocabulary.size - 1}.")
+            if not self._known_V[i] and i not in (vocabulary.eos_id, vocabulary.pad_id):
+                raise UserError(
+                    f"Prompt {index} holds a token that the vocabulary does not know, after "
+                    f"{vocabulary.decode(ids[:place])[-20:]!r}; take it out."
+                )
+        return ids
+
+    def _batch(
+        self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, key: jax.Array, capacity: int | None
+    ) -> Iterator[Piece]:
+        decoder, weights = self.decoder, self._weights
+        # Rows that fill the devices up: their one token and what follows it is thrown away.
+        rows = prompts + [[0]] * (-len(prompts) % decoder.row_multiple)
+        needed = max(map(len, rows)) + max_tokens
+        cache = decoder.empty_cache(len(rows), capacity or -(-needed // CAPACITY_TOKENS) * CAPACITY_TOKENS)
+        logits_BV, cache = self._prefilled(rows, cache)
+        tokens_B = self._sample(logits_BV, jax.random.fold_in(key, 0), sampling=sampling)
+        streams = [TextStream(self.vocabulary) for _ in prompts]
+        live = set(range(len(prompts)))
+        sampled, first = tokens_B[:, None], 0
+        while live:
+            # The next tokens are on their way before these are looked at.
+            first += sampled.shape[1]
+            following = None
+            if first < max_tokens:
+                following, cache = decoder.sample(weights, cache, sampled[:, -1], key, first, sampling)
+            for index, row in enumerate(np.asarray(sampled)[: len(prompts)].tolist()):
+                if index in live:
+                    piece = self._piece(index, streams[index], row, max_tokens)
+                    if piece.completion:
+                        live.remove(index)
+                    if piece.text or piece.completion:
+                        yield piece
+            sampled = following
+
+    def _piece(self, index: int, stream: TextStream, ids: list[int], max_tokens: int) -> Piece:
+        eos = self.vocabulary.eos_id
+        ids = ids[: max_tokens - len(stream.ids)]
+        ended = eos in ids
+        ids = ids[: ids.index(eos)] if ended else ids
+        last = ended or len(stream.ids) + len(ids) == max_tokens
+        text = stream.push(ids, last=last)
+        completion = Completion(self.vocabulary.decode(stream.ids), stream.ids, ended) if last else None
+        return Piece(index, text, completion)
+
+    def _prefilled(self, rows: list[list[int]], cache: Any) -> tuple[jax.Array, Any]:
+        """Runs the prompts through the model; returns the logits of the token after each, and the cache."""
+        lengths_B = np.array([len(row) for row in rows])
+        T = min(self._prefill_tokens, 1 << int(lengths_B.max() - 1).bit_length())
+        total = -(-int(lengths_B.max()) // T) * T
+        tokens = np.zeros((len(rows), total), np.int32)
+        for place, row in zip(tokens, rows, strict=True):
+            place[total - len(row) :] = row
+        for start in range(0, total, T):
+            counts_B = np.clip(lengths_B - (total - start - T), 0, T)
+            x_BTD, cache = self.decoder.prefill(self._weights, cache, tokens[:, start : start + T], counts_B)
+        return self.decoder.logits(self._weights, x_BTD[:, -1]), cache
+
+
+def on_devices(data: int, model: int) -> Sharding:
+    """Spreads sequences over `data` and heads over `model` of the first devices."""
+    if data < 1 or model < 1 or data * model > jax.device_count():
+        raise UserError(
+            f"{data} × {model} devices were asked for and there are {jax.device_count()}; ask for 1 × 1 or more."
+        )
+    sizes = dict.fromkeys(AXES, 1) | {"data": data, "model": model}
+    return Sharding(make_mesh(ConfigDict(sizes), jax.devices()[: data * model]))
+
+
+def at_window(config: ConfigDict, window: int | None) -> ConfigDict:
+    """Returns the valid config at another window, or at its own for None."""
+    config = config.copy_and_resolve_references()
+    if window is not None:
+        config.model.window = window
+    return validate(config)
+
+
+def show(pieces: Iterator[Piece], prompts: Sequence[str]) -> None:
+    """Prints what comes: one prompt after the other, each from the moment that those before it are complete."""
+    waiting: dict[int, list[Piece]] = {index: [] for index in range(len(prompts))}
+    current = 0
+    say = functools.partial(print, end="", flush=True)
+    headed = -1
+    for piece in pieces:
+        waiting[piece.prompt].append(piece)
+        while current < len(prompts) and waiting[current]:
+            if headed < current:
+                headed = current
+                say((f"── prompt {current} ──\n" if len(prompts) > 1 else "") + prompts[current])
+            ready = waiting[current].pop(0)
+            say(ready.text)
+            if ready.completion:
+                say("\n" if ready.completion.ended else " …\n")
+                current += 1
+
+
+def _prompts(values: flags.FlagValues) -> list[str]:
+    prompts = list(values.prompt)
+    if values.prompts_file:
+        path = pathlib.Path(values.prompts_file)
+        if not path.is_file():
+            raise UserError(f"There is no --prompts_file {str(path)!r}; name a text file with a prompt a line.")
+        prompts += [line for line in path.read_text().splitlines() if line]
+    if not prompts:
+        raise UserError("There is no prompt; give --prompt, several times if you like, or --prompts_file.")
+    return prompts
+
+
+def main(config: ConfigDict | None, recipe: str) -> int:
+    """Entry point behind the flags."""
+    platform.configure()
+    values = flags.FLAGS
+    if recipe and (values.checkpoint or not values.report):
+        raise UserError(f"--config is {recipe!r}, which has no weights; give --checkpoint alone, or add --report.")
+    if not recipe and not values.checkpoint:
+        raise UserError("There is no --checkpoint; name the workdir of a run, such as --checkpoint runs/tiny.")
+    if values.report:
+        config = at_window(config or saved_config(values.checkpoint), values.window)
+        itemsize = 4 if values.state_dtype == "float32" else 2
+        print(report.text(config, fold_tokens=values.fold_tokens, state_itemsize=itemsize))
+        return 0
+    sampling = Sampling(0.0 if values.greedy else values.temperature, values.top_k, values.top_p)
+    prompts = _prompts(values)
+    generator = Generator.from_checkpoint(
+        values.checkpoint,
+        step=values.step,
+        window=values.window,
+        sharding=on_devices(values.data_devices, values.model_devices),
+        batch_size=values.batch_size,
+        fold_tokens=values.fold_tokens,
+        state_dtype=values.state_dtype,
+    )
+    pieces = generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed)
+    show(pieces, prompts)
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "Workdir of the run.")
+    flags.DEFINE_integer("step", 0, "Step of the checkpoint; 0: the last.", lower_bound=0)
+    flags.DEFINE_multi_string("prompt", [], "What to go on from; may be given several times.")
+    flags.DEFINE_string("prompts_file", None, "Text file with a prompt a line.")
+    flags.DEFINE_integer("max_tokens", 256, "Most tokens of a completion.")
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the best token.")
+    flags.DEFINE_bool("greedy", False, "Take the best token, as --temperature 0.")
+    flags.DEFINE_integer("top_k", 0, "Draw from the best top_k tokens; 0: from all.")
+    flags.DEFINE_float("top_p", 1.0, "Draw from the best tokens whose probabilities reach top_p; 1: from all.")
+    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_integer("window", None, "Window to run at; the run's own by default.")
+    flags.DEFINE_integer("batch_size", 32, "Most prompts at a time.")
+    flags.DEFINE_integer("fold_tokens", FOLD_TOKENS, "Tokens that come, and are added to the states, at a time.")
+    flags.DEFINE_string("state_dtype", "float32", "Of the states: float32 or bfloat16.")
+    flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")
+    flags.DEFINE_integer("model_devices", 1, "Devices that heads are spread over.")
+    flags.DEFINE_bool("report", False, "Print what the cache takes, and generate nothing.")
+    run_main(main, needs_config=False)
