@@ -20,7 +20,7 @@ def window_of_step(config: ConfigDict, step: int) -> int:
     if not model.window_choices or step >= config.total_steps - model.window_final_steps:
         return model.window
     # Raw output, unlike NumPy's distributions, is promised to stay the same.
-    draw = np.random.Philox(key=[config.seed, step], counter=[0, 0, 0, PHILOX_STREAM]).random_raw() / 2.0**64
+    draw = np.random.Philox(key=[config.seed % 2**64, step], counter=[0, 0, 0, PHILOX_STREAM]).random_raw() / 2.0**64
     weights = np.asarray(model.window_weights or [1.0] * len(model.window_choices), np.float64)
     place = np.searchsorted(np.cumsum(weights) / weights.sum(), draw, side="right")
     return int(model.window_choices[min(place, len(weights) - 1)])
