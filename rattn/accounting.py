@@ -212,6 +212,40 @@ def cache_bytes_per_sequence(
     }
 
 
+def decode_bytes(
+    model: ConfigDict,
+    spec: ModelSpec,
+    context_length: int,
+    *,
+    fold_tokens: int = FOLD_TOKENS,
+    itemsize: int = 2,
+    state_itemsize: int = FLOAT32_BYTES,
+) -> dict[str, float]:
+    """Bytes that a decode step must read and write: `weights` once a step, all else for each sequence.
+
+    Every matrix and the unembedding are read; so is every key and value that a softmax branch sees, and every state. A
+    new key and value is written in each layer, a state is read and written at a fold, once in C steps. Reading the keys
+    that wait for the fold is not counted: it is the price of C, and no matter of necessity.
+
+    Args:
+      model: `config.model`.
+      spec: the model's shapes.
+      context_length: tokens of each sequence, the new one included.
+      fold_tokens: C.
+      itemsize: bytes of an element of weights, keys and values.
+      state_itemsize: bytes of an element of the state.
+    """
+    seen = cache_bytes_per_sequence(
+        model, context_length, fold_tokens=0, cache_itemsize=itemsize, state_itemsize=state_itemsize
+    )
+    written = 2 * model.kv_heads * model.head_dim * itemsize * model.layers
+    return {
+        "weights": itemsize * (matrix_parameters(spec) + model.vocab_size * model.width),
+        "keys and values": seen["full"] + seen["window"] + written,
+        "states": seen["state"] * (1 + 2 / fold_tokens),
+    }
+
+
 def summary(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: Any) -> str:
     """The table that a run starts with; arguments as `memory_by_part`."""
     model = config.model

@@ -56,7 +56,7 @@ class Decoder:
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
         self._operators = sharding.operators()
-        self._compiled = functools.lru_cache(maxsize=None)(self._compile)
+        self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
         self._embed = jax.jit(layers.embed, out_shardings=sharding.named("batch", None, None))
         self._begin_chunk = jax.jit(prefill.begin_chunk, static_argnames="T")
@@ -128,7 +128,7 @@ class Decoder:
         x_BTD = self._embed(weights["model"], tokens_BT)
         kept = []
         for layer, w, layer_cache in zip(self.layers, weights["layers"], cache.layers, strict=True):
-            run = self._compiled("prefill_layer", cache.layout, (layer, history))
+            run = self.compiled("prefill_layer", cache.layout, layer, history)
             x_BTD, layer_cache = run(w, layer_cache, chunk, x_BTD)
             kept.append(layer_cache)
         return x_BTD, Cache(tuple(kept), chunk.after, cache.layout)
@@ -143,7 +143,7 @@ class Decoder:
         The cache drops what is past its capacity: who goes on beyond it gets logits that mean nothing.
         """
         self._check(cache, len(tokens_B))
-        return self._compiled("step", cache.layout, ())(weights, cache, tokens_B)
+        return self.compiled("step", cache.layout)(weights, cache, tokens_B)
 
     def sample(
         self,
@@ -159,11 +159,19 @@ class Decoder:
         The cache drops what is past its capacity, as in `step`.
         """
         self._check(cache, len(tokens_B))
-        run = self._compiled("sample", cache.layout, (sampling,))
+        run = self.compiled("sample", cache.layout, sampling)
         return run(weights, cache, tokens_B, key, np.int32(first))
 
-    def _compile(self, what: str, layout: CacheLayout, rest: tuple) -> Any:
-        """Makes the jitted function of a cache layout; the cache is donated and comes back as it lay."""
+    def _compiled(self, what: str, layout: CacheLayout, *rest: Any) -> Any:
+        """Makes a jitted function of a cache layout, in which the cache is donated and comes back as it lay.
+
+        `compiled` keeps what this returns.
+
+        Args:
+          what: "step"; "sample", with the `Sampling`; or "prefill_layer", with the `LayerSpec` and the history's slots.
+          layout: of the cache.
+          *rest: as `what` says.
+        """
         where = caches.cache_shardings(self.layers, layout, self.sharding)
         if what == "step":
             return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
