@@ -7,13 +7,13 @@ from rattn.sweeping.points import product
 
 EVALUATION = ("--recall_context_tokens=1", "--frequent_rate=1")
 COMMON = {
-    "ids": 256,
-    "length": 128,
-    "pairs": 4,
+    "ids": 98,
+    "length": 64,
+    "pairs": 8,
     "width": 64,
-    "steps": 2000,
-    "batch_size": 64,
-    "optimizer.learning_rate": 2e-3,
+    "steps": 1500,
+    "batch_size": 32,
+    "optimizer.learning_rate": 3e-3,
     "model.compute_dtype": "float32",
 }
 
@@ -21,5 +21,5 @@ COMMON = {
 def sweep(add):
     for mixer in ("full", "linear"):
         add(mixer=mixer)
-    for point in product(window=[16], mixer=["rattention", "swa"]):
+    for point in product(window=[8], mixer=["rattention", "swa"]):
         add(**point)

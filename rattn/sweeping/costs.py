@@ -56,7 +56,7 @@ def cost_table(points: Sequence[Point], states: dict[str, str], topology: Topolo
         if states.get(point.name) != "done":
             flops_left += per_token * tokens
             hours_left += row.chip_hours(tokens) if row else 0.0
-    total = f"  {sum(state != 'done' for state in states.values())} of {len(points)} points to run"
+    total = f"  {sum(states.get(point.name) != 'done' for point in points)} of {len(points)} points to run"
     total += f", {accounting.readable_count(flops_left)} FLOPs"
     total += f", {hours_left:,.2f} chip-hours on {topology}" if topology else "; --topology adds memory and step time"
     return report.table(header, lines) + "\n\n" + total

@@ -1,9 +1,9 @@
 """Stands in for rattn.train and rattn.evaluate in tests of sweeps: `python fake_point.py LOG python -m rattn.train …`.
 
 "Training" takes no time and leaves config.json, metrics.jsonl and an empty checkpoint; "evaluation" makes up losses
-that fall with the window. Each call appends a line to LOG. The environment's FAKE_POINT, "stage:pattern:what", makes a stage
-of the points whose folder has the pattern fail with a sentence ("fail"), ask to be started again ("restart"), or train
-to half of its steps and then wait to be told to stop ("wait").
+that fall with the window. Each call appends a line to LOG. The environment's FAKE_POINT, "stage:pattern:what", makes a
+stage of the points whose folder has the pattern fail with a sentence ("fail"), ask to be started again ("restart"), or
+save half of its steps and end when it is told to ("wait").
 """
 
 import itertools

@@ -1,0 +1,17 @@
+"""A window sweep that a laptop finishes in a few minutes: short runs of the tiny model, report included.
+
+    python -m rattn.sweep --config configs/tiny.py --sweep configs/sweeps/tiny_window.py --workdir runs/tiny_window
+
+It shows the machinery. 200 steps (0.4 M bytes) say nothing about windows: the models have hardly learned to spell.
+"""
+
+COMMON = {"total_steps": 200, "optimizer.warmup_steps": 20, "checkpoint.every_steps": 200}
+EVALUATION = ("--lengths=1,2", "--max_tokens=65536")
+
+
+def sweep(add):
+    for seed in (0, 1):
+        add(mixer="full", seed=seed)
+    for window in (16, 64):
+        add(mixer="rattention", window=window, seed=0)
+    add(mixer="swa", window=16, seed=0)
