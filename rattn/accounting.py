@@ -282,7 +282,7 @@ def _runs(kinds: list[str]) -> str:
 
 def readable_count(value: float) -> str:
     """Three digits and a unit: 2.88 B."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.3g}"

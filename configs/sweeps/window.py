@@ -3,8 +3,8 @@
     python -m rattn.sweep --config configs/small.py --sweep configs/sweeps/window.py --workdir runs/window
 
 The schedule is warm-up, constant, linear decay over the last fifth. A 50 M-token point keeps the checkpoint at which
-its decay begins, and the 200 M-token point of the same model goes on from there: one trunk, two budgets. Points stand in
-the order of their priority. How it is run on leased GPUs, and what was found: docs/window_study.md.
+its decay begins, and the 200 M-token point of the same model goes on from there: one trunk, two budgets. Points stand
+in the order of their priority. How it is run on leased GPUs, and what was found: docs/window_study.md.
 """
 
 from rattn.sweeping.points import product
