@@ -34,12 +34,12 @@ def branch_diagnostics(
     """
 
     def diagnose(parameters: Tree, batch: Batch) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:
-        statistics = _layer_statistics(spec.merge(parameters), batch)
-        return statistics, loss(parameters, batch), loss(without_linear_branch(parameters), batch)
+        model, zeroed = spec.merge(parameters), spec.merge(without_linear_branch(parameters))
+        x_BTD, statistics = _hidden_and_statistics(model, batch)
+        zeroed_x_BTD = zeroed.hidden(batch["tokens"], batch["segment_ids"])
+        return statistics, loss(model, x_BTD, batch), loss(zeroed, zeroed_x_BTD, batch)
 
-    def loss(parameters: Tree, batch: Batch) -> jax.Array:
-        model = spec.merge(parameters)
-        x_BTD = model.hidden(batch["tokens"], batch["segment_ids"])
+    def loss(model: Transformer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
         targets, mask = batch["targets"], batch["loss_mask"]
         chunk_tokens = config.loss.chunk_tokens
         _, nats = cross_entropy_sum(model, x_BTD, targets, mask, z_loss=0.0, chunk_tokens=chunk_tokens)
@@ -73,15 +73,15 @@ def without_linear_branch(parameters: Tree) -> Tree:
     return changed
 
 
-def _layer_statistics(model: Transformer, batch: Batch) -> list[dict[str, jax.Array]]:
+def _hidden_and_statistics(model: Transformer, batch: Batch) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
     """Walks the model as `Transformer.hidden` does.
 
     Returns:
-      for each entry of the pattern, then for each remaining layer, its statistics ({} with fewer than two branches);
-      those of the pattern have a leading dim, the repeats.
+      what that returns; and for each entry of the pattern, then for each remaining layer, its statistics ({} with fewer
+      than two branches); those of the pattern have a leading dim, the repeats.
     """
     segment_ids_BT = batch["segment_ids"]
-    embedding_VD = model.embedding_VD[...].astype(model.compute_dtype)
+    embedding_VD = model.constrain(model.embedding_VD[...].astype(model.compute_dtype), "vocab", None)
     x_BTD = embedding_VD[batch["tokens"]] * jnp.asarray(embedding_VD.shape[1] ** 0.5, model.compute_dtype)
     x_BTD = model.constrain(x_BTD, "batch", "length", None)
     graph, stacked = nnx.split(model.blocks)
@@ -97,7 +97,7 @@ def _layer_statistics(model: Transformer, batch: Batch) -> list[dict[str, jax.Ar
     for layer in model.remainder:
         statistics.append(_branch_statistics(layer, x_BTD, segment_ids_BT))
         x_BTD = layer(x_BTD, segment_ids_BT)
-    return statistics
+    return model.final_norm(x_BTD), statistics
 
 
 def _branch_statistics(layer: Layer, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
@@ -120,7 +120,7 @@ def _branch_statistics(layer: Layer, x_BTD: jax.Array, segment_ids_BT: jax.Array
 
 
 def _by_layer(statistics: list[dict[str, Any]], pattern_length: int) -> dict[int, dict[str, Any]]:
-    """Unstacks what `_layer_statistics` returned into {index of the layer in the depth: statistics}."""
+    """Unstacks what `_hidden_and_statistics` found into {index of the layer in the depth: statistics}."""
     layers, repeats = {}, 0
     for place, found in enumerate(statistics[:pattern_length]):
         for name, values in found.items():

@@ -58,20 +58,40 @@ def test_each_layer_has_its_own_norms_and_share(miniature, batch):
     assert not [name for name in values if "layer_1" in name or "layer_3" in name]
 
 
-def test_losses_are_those_with_and_without_the_linear_branch_on_any_mesh(miniature, batch):
-    config = miniature(mesh__data=2, mesh__fsdp=2, mesh__model=2, loss__chunk_tokens=16)
+def spied(attention, seen):
+    """An attention that notes the root mean square of what it returns."""
+
+    def spying(q, k, v, **rest):
+        out = attention(q, k, v, **rest)
+        jax.debug.callback(lambda value: seen.append(float(value)), jnp.sqrt(jnp.mean(jnp.square(out))), ordered=True)
+        return out
+
+    return spying
+
+
+def test_what_is_said_is_what_the_model_does_on_any_mesh(miniature, batch):
+    batch["segment_ids"] = np.maximum(batch["segment_ids"], 1)
+    config = miniature(model__layers=4, mesh__data=2, mesh__fsdp=2, mesh__model=2, loss__chunk_tokens=16)
     sharding = Sharding(make_mesh(config.mesh))
     spec = model_spec(config.model, sharding.operators())
     parameters = random_parameters(spec)
     values = branch_diagnostics(spec, config, sharding)(parameters, batch)
+    softmax, linear = [], []
+    usual = Operators()
+    spies = Operators(spied(usual.softmax_attention, softmax), spied(usual.linear_attention, linear))
     nothing = Operators(linear_attention=lambda q, k, v, **_: jnp.zeros_like(q))
-    for name, operators in (("loss", None), ("loss_without_linear", nothing)):
-        sums = jax.jit(make_eval_step(model_spec(config.model, operators), 0))(
-            parameters, batch, np.ones(260, np.int32)
-        )
-        wanted = float(sums["nats"]) / int(sums["targets"])
-        assert values[f"branches/{name}"] == pytest.approx(wanted, rel=1e-5)
+    for name, operators in (("loss", spies), ("loss_without_linear", nothing)):
+        step = jax.jit(make_eval_step(model_spec(config.model, operators), 0))
+        sums = jax.device_get(step(parameters, batch, np.ones(260, np.int32)))
+        jax.effects_barrier()
+        assert values[f"branches/{name}"] == pytest.approx(float(sums["nats"]) / int(sums["targets"]), rel=1e-5)
     assert values["branches/loss"] != pytest.approx(values["branches/loss_without_linear"], rel=1e-4)
+    # Every layer has a softmax branch, layers 0 and 2 a linear one.
+    assert (len(softmax), len(linear)) == (4, 2)
+    for layer, softmax_rms, linear_rms in zip((0, 2), softmax[::2], linear, strict=True):
+        assert values[f"branches/layer_{layer}/softmax_rms"] == pytest.approx(softmax_rms, rel=1e-5)
+        assert values[f"branches/layer_{layer}/linear_rms"] == pytest.approx(linear_rms, rel=1e-5)
+    assert linear[0] != pytest.approx(linear[1], rel=1e-3)
 
 
 def test_there_is_nothing_to_say_without_two_branches(miniature, batch):
