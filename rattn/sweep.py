@@ -77,7 +77,13 @@ def _finish(results: Results, values: flags.FlagValues, status: int) -> int:
     if values.archive:
         print(f"{results.write_archive(pathlib.Path(values.archive))} results in {values.archive}")
     if found and values.report:
-        print(f"Report: {write_report(found, failures, results.workdir, values.epsilon)}")
+        try:
+            print(f"Report: {write_report(found, failures, results.workdir, values.epsilon)}")
+        except UserError as error:
+            if values.report_only:
+                raise
+            # The points are none the worse for it.
+            print(error)
     elif values.report_only:
         raise UserError(f"There are no results in {str(results.workdir)!r}; run the sweep, or --merge another workdir.")
     for failure in failures:

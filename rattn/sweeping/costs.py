@@ -16,8 +16,7 @@ GIB = 2**30
 def trained_tokens(point: Point) -> int:
     """Tokens that the point trains on itself, a continued trunk's left out."""
     config = point.config
-    done = config.init_from_step if config.init_from_what == "everything" else 0
-    return (config.total_steps - done) * config.batch_size * config.context_length
+    return (config.total_steps - point.first_step) * config.batch_size * config.context_length
 
 
 def cost_table(points: Sequence[Point], states: dict[str, str], topology: Topology | None) -> str:

@@ -20,8 +20,8 @@ try:
     from matplotlib.ticker import FixedLocator, NullLocator
 except ModuleNotFoundError as error:
     raise UserError(
-        "The report's figures need matplotlib, which is not installed; pip install matplotlib, then run the sweep with "
-        "--report_only (the results are kept)."
+        "The report's figures need matplotlib, which is not installed; pip install 'rattn[report]', then run the sweep "
+        "with --report_only (the results are kept)."
     ) from error
 
 # Stands for the text colour: in the SVG it becomes currentColor, so that one figure serves light and dark pages.

@@ -34,6 +34,7 @@ class Point:
       overrides: `--config.key=value` arguments.
       config: all of it resolved.
       trunk: name of the point whose checkpoint it starts from, or "".
+      first_step: the step that it starts at: 0, or the trunk's checkpoint's where it goes on with everything.
       identity: hash of the resolved config; results are matched by it.
     """
 
@@ -44,6 +45,7 @@ class Point:
     overrides: tuple[str, ...]
     config: ConfigDict
     trunk: str
+    first_step: int
     identity: str
 
     @property
@@ -131,6 +133,7 @@ class _Points:
             overrides=tuple(texts),
             config=resolved,
             trunk=init_from,
+            first_step=self._first_step(resolved, init_from),
             identity=identity(to_json(resolved), origin),
         )
         for other in self.points.values():
@@ -141,6 +144,11 @@ class _Points:
                 )
         self.points[name] = point
         return name
+
+    def _first_step(self, config: ConfigDict, trunk: str) -> int:
+        if not trunk or config.init_from_what == "parameters":
+            return 0
+        return config.init_from_step or self.points[trunk].config.total_steps
 
     def _is_argument(self, key: str, value: Any) -> bool:
         try:

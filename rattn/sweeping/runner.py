@@ -111,7 +111,7 @@ class Runner:
             if not self._evaluated(point):
                 if point.trunk:
                     self._ensure_trunk(point)
-                first_step = latest_step(self.results.point_folder(point.name)) or point.config.init_from_step
+                first_step = latest_step(self.results.point_folder(point.name)) or point.first_step
                 seconds["train"] = self._train(point, lock)
                 seconds["evaluate"] = self._run(point, "evaluate", lock)
                 if not self._evaluated(point):
@@ -246,7 +246,7 @@ class Runner:
             return max(result["seconds"]["train"] - training, 0) + (result["seconds"]["evaluate"] or 0)
 
         step = max(result["evaluation"]["training"]["step_seconds"] for result in alike)
-        done = latest_step(self.results.point_folder(point.name)) or point.config.init_from_step
+        done = latest_step(self.results.point_folder(point.name)) or point.first_step
         total = max(fixed(result) for result in timed) + step * (point.config.total_steps - done)
         if point.trunk and not checkpoint_steps(self.results.point_folder(point.trunk)):
             total += step * self._points[point.trunk].config.total_steps

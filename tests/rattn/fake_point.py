@@ -15,10 +15,10 @@ import signal
 import sys
 import time
 
-from rattn.config import load_config, override, to_json, validate
-
 
 def train(arguments, fault):
+    from rattn.config import load_config, override, to_json, validate  # Not needed, and slow, for an evaluation.
+
     folder = pathlib.Path(arguments[arguments.index("--workdir") + 1])
     path, _, recipe = arguments[arguments.index("--config") + 1].partition(":")
     config = load_config(path, recipe)

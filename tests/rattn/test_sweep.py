@@ -439,7 +439,7 @@ def test_a_real_sweep_from_command_to_report(tmp_path, stream_folder):
     file, workdir, archive = tmp_path / "sweep.py", tmp_path / "sweep", tmp_path / "all.tar.xz"
     common = {"steps": 6, "optimizer.warmup_steps": 2, "log.every_steps": 1, "data.path": str(stream_folder)}
     file.write_text(
-        f"EVALUATION = ('--lengths=1,2', '--max_tokens=2048')\nCOMMON = {common!r}\n"
+        f"EVALUATION = ('--lengths=1', '--max_tokens=2048')\nCOMMON = {common!r}\n"
         "def sweep(add):\n    add(mixer='full')\n    add(window=8)\n"
     )
     arguments = ["--config", RECIPE, "--sweep", str(file), "--workdir", str(workdir)]
@@ -454,10 +454,9 @@ def test_a_real_sweep_from_command_to_report(tmp_path, stream_folder):
     assert "2 new results, 0 known" in out
     text = (tmp_path / "there" / "report" / "report.html").read_text()
     assert "full attention ran with a single seed (0)" in text
-    rows = list(csv.DictReader((tmp_path / "there" / "report" / "results.csv").open()))
-    assert {(row["mixer"], row["window"], row["length"]) for row in rows} == {
-        ("full", "", "1"), ("full", "", "2"), ("rattention", "8", "1"), ("rattention", "8", "2"),
-    }  # fmt: skip
+    with (tmp_path / "there" / "report" / "results.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {(row["mixer"], row["window"], row["seed"]) for row in rows} == {("full", "", "0"), ("rattention", "8", "0")}
     assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 9 for row in rows)
 
 
