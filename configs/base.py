@@ -67,6 +67,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     # all of it but attention; "save_products", nothing but what is elementwise: norms, rotations, activations;
     # "offload", as "block", with the inputs kept in the host's memory (TPU).
     model.remat = "none"
+    # The repeats of the pattern are one scanned body, compiled once whatever the depth. False compiles every layer for
+    # itself, which takes longer and spares a GPU the copies of what the backward pass needs.
+    model.scan_blocks = True
 
     config.loss = loss = ConfigDict()
     # Weight of log²Z, which keeps the softmax normaliser near 1; 0 turns it off.

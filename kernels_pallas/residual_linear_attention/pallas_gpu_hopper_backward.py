@@ -123,6 +123,7 @@ def dq_call(plan: Plan, q, k, v, do, places, states):
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(plan.query_chunks, plan.batch * plan.kv_heads),
         grid_names=("chunk", "bk"),
+        kernel_name="rla_dq",
         num_threads=3,
         thread_name="wg",
         scratch_types=[
@@ -322,6 +323,7 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         grid=(plan.key_chunks * per_chunk, plan.batch * plan.kv_heads),
         grid_names=("tile", "bk"),
+        kernel_name="rla_dkv",
         num_threads=4,
         thread_name="wg",
         scratch_types=[

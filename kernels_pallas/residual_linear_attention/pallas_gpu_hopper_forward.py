@@ -89,6 +89,7 @@ def sums_call(plan: Plan, x, y, places, *, of_queries: bool):
         out_type=jax.ShapeDtypeStruct(plan.state_shape, x.dtype),
         grid=(-(-plan.chunks // span), plan.batch * plan.kv_heads),
         grid_names=("chunks", "bk"),
+        kernel_name="rla_sums_of_queries" if of_queries else "rla_sums",
         num_threads=3,
         thread_name="wg",
         scratch_types=[
@@ -193,6 +194,7 @@ def outputs_call(plan: Plan, q, k, v, places, states):
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(plan.query_chunks, plan.batch * plan.kv_heads),
         grid_names=("chunk", "bk"),
+        kernel_name="rla_outputs",
         num_threads=3,
         thread_name="wg",
         scratch_types=[

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rattn.model.layers import GatedMLP, RMSNorm, matrix_init
+from rattn.model.layers import GatedMLP, RMSNorm, float32_product, matrix_init
 from rattn.model.mixer import Mixer
 from rattn.model.operators import Operators
 from rattn.model.remat import rematerialised
@@ -74,6 +74,7 @@ class Transformer(nnx.Module):
         self.compute_dtype = jnp.dtype(model.compute_dtype)
         self.logits_soft_cap = model.logits_soft_cap
         self.remat = model.remat
+        self.scan_blocks = model.scan_blocks
         self.constrain = operators.constrain
 
     def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
@@ -91,7 +92,12 @@ class Transformer(nnx.Module):
         def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, weights)(x_BTD, segment_ids_BT), None
 
-        x_BTD, _ = jax.lax.scan(rematerialised(body, self.remat, scanned=True), x_BTD, stacked)
+        body = rematerialised(body, self.remat, scanned=self.scan_blocks)
+        if self.scan_blocks:
+            x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+        else:
+            for weights in _unstacked(stacked):
+                x_BTD, _ = body(x_BTD, weights)
         for layer in self.remainder:
             x_BTD = rematerialised(layer, self.remat, scanned=False)(x_BTD, segment_ids_BT)
         return self.final_norm(x_BTD)
@@ -110,10 +116,15 @@ class Transformer(nnx.Module):
         """
         if unembedding_VD is None:
             unembedding_VD = self.unembedding()
-        logits_BTV = jnp.einsum(
-            "btd,vd->btv", x_BTD, unembedding_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        logits_BTV = float32_product("btd,vd->btv", x_BTD, unembedding_VD.astype(x_BTD.dtype))
         logits_BTV = self.constrain(logits_BTV, "batch", "length", "vocab")
         if self.logits_soft_cap:
             logits_BTV = self.logits_soft_cap * jnp.tanh(logits_BTV / self.logits_soft_cap)
         return logits_BTV
+
+
+def _unstacked(stacked: nnx.State) -> list[nnx.State]:
+    """Returns the state of each block; in the backward pass their gradients are joined once, not added up."""
+    leaves, tree = jax.tree.flatten(stacked)
+    split = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    return [tree.unflatten([part[0] for part in parts]) for parts in zip(*split, strict=True)]

@@ -17,10 +17,10 @@ from rattn.model.parameters import flatten, initial_parameters, model_spec
 T = 32
 
 
-def objective(remat):
-    """The sum of the hidden state as a function of the parameters: two layers of a block, and one that remains."""
+def objective(remat, layers=3, scan_blocks=True):
+    """The sum of the hidden state as a function of the parameters: blocks of two layers, and one that remains."""
     config = load_config("tests/recipes/miniature.py")
-    config.model.update(remat=remat, layers=3)
+    config.model.update(remat=remat, layers=layers, scan_blocks=scan_blocks)
     spec = model_spec(validate(config).model)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 259, (2, T)), jnp.int32)
     ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(1, 4, (2, T)), axis=1), jnp.int32)
@@ -28,8 +28,8 @@ def objective(remat):
 
 
 @functools.cache
-def gradients(remat):
-    function, model = objective(remat)
+def gradients(remat, *rest):
+    function, model = objective(remat, *rest)
     return flatten(jax.tree.map(np.asarray, jax.jit(jax.grad(function))(initial_parameters(model, 0))))
 
 
@@ -48,6 +48,12 @@ def test_gradients_are_those_without_remat(remat):
     for path, wanted in gradients("none").items():
         got = gradients(remat)[path]
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=path)
+
+
+def test_blocks_that_are_not_scanned_have_the_same_gradients():
+    got = gradients("save_products", 5, False)
+    for path, wanted in gradients("none", 5).items():
+        np.testing.assert_allclose(got[path], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=path)
 
 
 def test_policies_keep_what_they_say():
