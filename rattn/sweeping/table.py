@@ -76,15 +76,6 @@ class Table:
         print(up + "".join(f"\r\033[K{line[: columns - 1]}\n" for line in text), end="\033[J", flush=True)
         self._drawn, self._drawn_at = len(text), time.monotonic()
 
-    def say(self, text: str) -> None:
-        """Prints a line that stays above the table."""
-        if self._live and self._drawn:
-            print(f"\033[{self._drawn}A\033[J", end="")
-            self._drawn = 0
-        print(text, flush=True)
-        if self._live:
-            self.draw()
-
     def _plain(self, row: Row) -> None:
         self._plain_at = time.monotonic()
         print(row.text(0).strip(), flush=True)

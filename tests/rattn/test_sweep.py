@@ -20,7 +20,7 @@ from rattn.sweeping.points import identity, load_sweep, product, same_config, se
 from rattn.sweeping.report import csv_text, write_report
 from rattn.sweeping.results import Results
 from rattn.sweeping.runner import Options, Runner
-from rattn.sweeping.summary import grouped, pareto_front
+from rattn.sweeping.summary import grouped, pareto_front, recall_beyond
 from rattn.sweeping.table import Table
 from rattn.sweeping.verdict import verdict
 from tests.rattn.conftest import RECIPE
@@ -122,6 +122,7 @@ def test_identity_is_of_the_run_and_not_of_where_it_lies(sweep_of):
     (there,) = sweep_of(text, data__path="/there").points
     (other,) = sweep_of(text, optimizer__learning_rate=2e-2).points
     assert here.identity == there.identity != other.identity
+    assert same_config(to_json(here.config), there.config)
     config = to_json(there.config)
     config["model"]["key_of_a_later_version"] = 1
     del config["loss"]["z_loss"]
@@ -364,6 +365,17 @@ def test_recall_beyond_the_window_decides_too(sweep_of):
     sentence = verdict(group, None)[0]
     assert "no window of 2, 4, 8 is within ε" in sentence
     assert "recall beyond the window +0.5000 (beyond ε = 0.0141)" in sentence
+
+
+def test_a_bin_that_the_window_cuts_is_neither_within_nor_beyond(sweep_of):
+    (run,) = grouped(results_of(sweep_of("def sweep(add):\n    add(window=6)\n")))[0].runs
+    for bin in run.own["recall_by_distance"]:
+        bin.update(nats_per_token=float(bin["first"]), targets=10)
+    # Bins 1, 2, 3–4, 5–8, 9–16, 17–32: those beyond 6 begin with 9 and 17.
+    assert recall_beyond(6)(run) == (9 + 17) / 2
+    row = next(csv.DictReader(csv_text([run.result]).splitlines()))
+    assert float(row["recall_loss_within_window"]) == (1 + 2 + 3) / 3
+    assert float(row["recall_loss_beyond_window"]) == (9 + 17) / 2
 
 
 def test_a_curve_that_is_not_monotone_is_said(sweep_of):
