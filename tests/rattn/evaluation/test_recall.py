@@ -82,7 +82,7 @@ def test_what_is_frequent_in_training_is_left_out():
 
 
 def test_ngrams_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="5 tokens of a vocabulary of 8192 ids .* fewer with --recall_context_tokens"):
+    with pytest.raises(UserError, match=r"5 tokens of a vocabulary of 8192 ids .* fewer with --recall_context_tokens"):
         ngram_codes(random_batch(0), 5, 8192)
 
 
