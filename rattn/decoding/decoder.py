@@ -13,6 +13,7 @@ from rattn.decoding import layers, prefill, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError
+from rattn.model.parameters import model_spec
 from rattn.sharding import Sharding
 
 Tree = Any
@@ -52,6 +53,9 @@ class Decoder:
             raise UserError(f"fold_tokens is {fold_tokens}; give the steps between two folds, at least 1.")
         if state_dtype not in ("float32", "bfloat16"):
             raise UserError(f"state_dtype is {state_dtype!r}; use float32 or bfloat16.")
+        if sharding.mesh.size > 1:
+            spec = model_spec(model)
+            sharding.parameters(spec.logical, spec.shapes)  # Raises where the mesh does not divide the model.
         self.model, self.sharding = model, sharding
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype

@@ -108,6 +108,9 @@ def prefill_layer(
         softmax = _softmax(layer, operators, q, k, v_BSKH, keys.ids_BS).reshape(q_BTKGH.shape)
     if layer.has_linear:
         caught_up = fold(layer, layout, weights, cache, chunk.before).astype(jnp.float32)
+        # Where no key was kept, the first key is the chunk's, and may begin another document.
+        goes_on_B = keys.linear_ids_BS[:, 0] == chunk.before.segment_B
+        caught_up = jnp.where(goes_on_B[:, None, None, None], caught_up, 0)
         linear, state_BKPH = operators.linear_attention(
             _heads(linear_query(layer, weights, q_BTKGH)),
             linear_key(layer, weights, k_BSKH),

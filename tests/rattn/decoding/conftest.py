@@ -1,0 +1,72 @@
+"""Miniatures of every mixer, decoded by shared compiled functions."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from rattn.config import load_config, validate
+from rattn.decoding.decoder import Decoder
+from rattn.generate import on_devices
+from rattn.model.parameters import initial_parameters, model_spec
+
+TWO_MIXERS = {"pattern": ("rattention", "full"), "rope_pattern": (True, False)}
+TOKENS = np.random.default_rng(7).integers(0, 11, (3, 24)).astype(np.int32)
+
+
+class Miniature:
+    """A model of a few hundred weights, its training forward and its decoder."""
+
+    def __init__(self, fold_tokens, state_dtype="float32", sharding=None, **changes):
+        config = load_config("configs/base.py")
+        config.model.update(width=16, layers=5, query_heads=4, kv_heads=2, head_dim=4, mlp_width=24, vocab_size=11)
+        config.model.update(
+            pattern=("rattention", "swa", "linear", "full"), rope_pattern=(True, True, False, False), window=3
+        )
+        config.model.update(changes)
+        self.model = validate(config).model
+        self.spec = model_spec(self.model)
+        self.parameters = initial_parameters(self.model, 0)
+        # Norm scales of their own, so that an exchange of two would show.
+        self.parameters = jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                x * np.linspace(0.5, 1.5, x.size, dtype=np.float32).reshape(x.shape)
+                if getattr(path[-1], "key", "") == "scale"
+                else x
+            ),
+            self.parameters,
+        )
+        self.decoder = Decoder(
+            self.model, sharding or on_devices(1, 1), fold_tokens=fold_tokens, state_dtype=state_dtype
+        )
+        self.weights = self.decoder.weights(self.parameters)
+        self._forward = jax.jit(lambda parameters, *inputs: self.spec.merge(parameters)(*inputs))
+
+    def trained(self, tokens, segments=None):
+        """Logits of the training forward, as NumPy."""
+        return np.asarray(self._forward(self.parameters, tokens, segments))
+
+    def chunk(self, cache, rows, length, segments=None):
+        """Prefills lists of tokens, each at most `length` long; returns a list of their logits, and the cache."""
+        counts = np.array([len(row) for row in rows])
+        tokens = np.zeros((len(rows), length), np.int32)
+        for row, padded in zip(rows, tokens, strict=True):
+            padded[length - len(row) :] = row
+        x_BTD, cache = self.decoder.prefill(self.weights, cache, tokens, counts, segments)
+        logits = np.asarray(self.decoder.logits(self.weights, x_BTD))
+        return [one[length - count :] for one, count in zip(logits, counts, strict=True)], cache
+
+    def steps(self, cache, tokens_TB):
+        """Decodes given tokens one at a time; returns logits [T, B, V] and the cache."""
+        found = []
+        for tokens_B in tokens_TB:
+            logits, cache = self.decoder.step(self.weights, cache, tokens_B)
+            found.append(np.asarray(logits))
+        return np.stack(found), cache
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """Returns a function of the miniature's arguments, which makes each once."""
+    return functools.cache(Miniature)

@@ -1,0 +1,95 @@
+"""What caches hold, where it lies, and that a step does not copy it."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from rattn import accounting
+from rattn.config import load_config, set_mixer, validate
+from rattn.decoding.cache import cache_bytes, cache_shapes
+from rattn.decoding.decoder import Decoder
+from rattn.decoding.sampling import Sampling
+from rattn.errors import UserError
+from rattn.generate import on_devices
+from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
+
+
+def test_a_cache_takes_what_the_formula_says(miniature):
+    mini = miniature(fold_tokens=5)
+    for capacity in (2, 24):
+        formula = accounting.cache_bytes_per_sequence(mini.model, capacity, fold_tokens=5, cache_itemsize=4)
+        assert min(formula.values()) > 0
+        assert cache_bytes(mini.decoder.empty_cache(3, capacity)) == 3 * sum(formula.values())
+
+
+@pytest.mark.parametrize("mixer", ["full", "swa", "rattention", "linear"])
+def test_the_3b_model_takes_what_the_formula_says(mixer):
+    model = validate(set_mixer(load_config("configs/rattn_3b.py"), mixer)).model
+    decoder = Decoder(model, on_devices(1, 1), state_dtype="bfloat16")
+    shapes = cache_shapes(decoder.layers, decoder.layout(2, 4096))
+    found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.layers))
+    assert found == 2 * sum(accounting.cache_bytes_per_sequence(model, 4096, state_itemsize=2).values())
+
+
+def test_local_layers_do_not_grow_with_the_context(miniature):
+    mini = miniature(fold_tokens=5)
+    short, long = (cache_shapes(mini.decoder.layers, mini.decoder.layout(1, n)).layers for n in (64, 4096))
+    grown = [layer.kind for layer, a, b in zip(mini.decoder.layers, short, long, strict=True) if a != b]
+    assert grown == ["full"]
+
+
+def test_a_step_copies_no_cache_and_no_state(miniature):
+    """Of a cache's arrays the compiled loop makes none anew: rings and rows are written in place, states are read."""
+    mini = miniature(fold_tokens=5)
+    layout = mini.decoder.layout(3, 24)
+    cache = cache_shapes(mini.decoder.layers, layout)
+    run = mini.decoder.compiled("sample", layout, Sampling(0.0))
+    tokens, first = jax.ShapeDtypeStruct((3,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+    compiled = run.lower(mini.weights, cache, tokens, jax.random.key(0), first).compile()
+    # A linear layer's ring has only the C keys that a step reads anyway.
+    kept = [x for layer, x in zip(mini.decoder.layers, cache.layers, strict=True) if layer.kind != "linear"]
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(kept)}
+    copies = re.findall(rf"= f32\[(?:{'|'.join(shapes)})\]\S* copy\(.*", compiled.as_text())
+    assert copies == []
+    memory = compiled.memory_analysis()
+    # Every cache is given back in the buffer that it came in.
+    assert memory.alias_size_in_bytes >= sum(leaf.size * 4 for leaf in jax.tree.leaves(cache.layers))
+
+
+def test_sharded_decoding_equals_unsharded(miniature):
+    rows = [TOKENS[row % 3, : 3 + row].tolist() for row in range(8)]
+    found = []
+    for sharding in (on_devices(1, 1), on_devices(4, 2)):
+        mini = Miniature(5, sharding=sharding, vocab_size=12, layers=2, **TWO_MIXERS)
+        logits, cache = mini.chunk(mini.decoder.empty_cache(8, 24), rows, 10)
+        tokens, cache = mini.decoder.sample(
+            mini.weights, cache, TOKENS[:, 12].repeat(3)[:8], jax.random.key(0), 0, Sampling()
+        )
+        found.append(jax.tree.map(np.asarray, (np.concatenate(logits), cache.layers, tokens)))
+    # 4 devices along the sequences, 2 along the heads: an eighth of every array on each.
+    for leaf in jax.tree.leaves(cache.layers):
+        assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
+    for one, other in zip(jax.tree.leaves(found[0][:2]), jax.tree.leaves(found[1][:2]), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
+    np.testing.assert_array_equal(found[1][2], found[0][2])
+
+
+def test_what_does_not_fit_gets_a_sentence(miniature):
+    mini, wide = miniature(fold_tokens=5), miniature(fold_tokens=1, window=40, feature_map="relu", qk_norm=False)
+    cache = mini.decoder.empty_cache(3, 8)
+    with pytest.raises(UserError, match=r"sequence to 9 tokens and the cache was allocated for 8; allocate a longer"):
+        mini.decoder.prefill(mini.weights, cache, TOKENS[:, :9])
+    with pytest.raises(UserError, match=r"allocated for a window of 3 and this decoder has 40; allocate another"):
+        wide.decoder.step(wide.weights, cache, TOKENS[:, 0])
+    with pytest.raises(UserError, match=r"There are 2 rows of tokens and the cache was allocated for 3 sequences"):
+        mini.decoder.step(mini.weights, cache, TOKENS[:2, 0])
+    with pytest.raises(UserError, match=r"multiple of the 8 devices"):
+        Decoder(mini.model, on_devices(8, 1)).empty_cache(3, 8)
+    with pytest.raises(UserError, match=r"vocab=11, which mesh axis 'model' of 2 does not divide"):
+        Decoder(mini.model, on_devices(1, 2))
+    with pytest.raises(UserError, match=r"fold_tokens is 0; give the steps"):
+        Decoder(mini.model, on_devices(1, 1), fold_tokens=0)
+    with pytest.raises(UserError, match=r"16 × 1 devices were asked for and there are 8"):
+        on_devices(16, 1)

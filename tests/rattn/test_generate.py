@@ -1,0 +1,171 @@
+"""From a run's checkpoint to text: the command, the library, the report, the sentences."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rattn.config import load_config, validate
+from rattn.data.vocabulary import SentencePieceVocabulary, load_vocabulary, train_sentencepiece
+from rattn.decoding import report
+from rattn.decoding.sampling import Sampling
+from rattn.errors import UserError
+from rattn.generate import Generator, Piece, on_devices, show
+from rattn.model.parameters import initial_parameters, model_spec
+from rattn.restore import parameters_of
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = ["Fellow-citizens of the Senate", "The", "It is my duty to communicate to you"]
+
+
+def command(*arguments, code="import runpy; runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"):
+    """Runs `python -m rattn.generate`, warnings being errors."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    line = [sys.executable, "-W", "error", "-c", code, *arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def generator(whole):
+    return Generator.from_checkpoint(whole[0], prefill_tokens=64)
+
+
+def test_the_command_prints_every_prompt_and_imports_no_tensorflow(whole, generator):
+    code = (
+        "import sys, atexit, runpy\n"
+        "names = ('tensorflow', 'seqio')\n"
+        "atexit.register(lambda: print(sorted(n for n in names if n in sys.modules), file=sys.stderr))\n"
+        "runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"
+    )
+    prompts = [argument for prompt in PROMPTS[:2] for argument in ("--prompt", prompt)]
+    done = command("--checkpoint", str(whole[0]), *prompts, "--max_tokens", "20", "--greedy", code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    completions = generator.generate(PROMPTS[:2], max_tokens=20, sampling=GREEDY)
+    expected = [f"── prompt {i} ──\n{PROMPTS[i]}{completions[i].text} …\n" for i in range(2)]
+    assert done.stdout == "".join(expected)
+    assert [len(completion.ids) for completion in completions] == [20, 20]
+
+
+def test_greedy_text_does_not_depend_on_the_batch_or_on_how_a_prompt_is_cut(whole, generator, miniature):
+    together = [completion.ids for completion in generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)]
+    # Pieces of 16 tokens, in a batch of two and a batch of one.
+    cut = Generator.from_checkpoint(whole[0], prefill_tokens=16, batch_size=2)
+    assert [completion.ids for completion in cut.generate(PROMPTS, max_tokens=20, sampling=GREEDY)] == together
+    # And it is what training's forward pass finds best; nowhere are the two best within 1e-4 of scale.
+    config = miniature()
+    spec = model_spec(config.model)
+    forward = jax.jit(lambda p, t: spec.merge(p)(t))
+    prompt = generator.vocabulary.encode(PROMPTS[2])
+    logits = np.asarray(forward(restored(whole, spec), jnp.asarray([prompt + together[2]], jnp.int32)))[0]
+    best = np.sort(logits[len(prompt) - 1 : -1, :259], axis=-1)
+    assert (best[:, -1] - best[:, -2]).min() > 1e-4 * np.abs(logits).max()
+    assert logits[len(prompt) - 1 : -1, :259].argmax(axis=-1).tolist() == together[2]
+
+
+def restored(whole, spec):
+    return parameters_of(whole[0], 0, spec, on_devices(1, 1))[0]
+
+
+def test_draws_follow_the_seed(generator):
+    def texts(seed, prompts=PROMPTS):
+        return [c.text for c in generator.generate(prompts, max_tokens=12, seed=seed)]
+
+    assert texts(0) == texts(0)
+    assert texts(0) != texts(1)
+    assert len(set(texts(0, ["The"] * 3))) == 3
+
+
+def test_eos_ends_a_text(miniature):
+    """Weights whose best token is always EOS."""
+    model = miniature().model
+    parameters = initial_parameters(model, 0)
+    parameters["embedding_VD"] = jnp.zeros_like(parameters["embedding_VD"]).at[1].set(1.0).at[69].set(1.0)
+    parameters["embedding_VD"] = parameters["embedding_VD"].at[69].multiply(0.5)
+    generator = Generator(model, parameters, load_vocabulary("bytes"))
+    (completion,) = generator.generate(["B"], max_tokens=5, sampling=GREEDY)
+    assert (completion.ended, completion.ids, completion.text) == (True, [], "")
+
+
+def test_one_prompt_is_shown_after_the_other(capsys):
+    done = {i: Piece(i, "", object.__new__(Done)) for i in range(2)}
+    show(iter([Piece(1, "x"), Piece(0, "a"), done[1], Piece(0, "b"), done[0]]), ["P", "Q"])
+    assert capsys.readouterr().out == "── prompt 0 ──\nPab\n── prompt 1 ──\nQx\n"
+
+
+class Done:
+    ended = True
+
+
+def test_the_report_shows_the_paper_figures():
+    text = report.text(validate(load_config("configs/rattn_3b.py", "window=1024")), fold_tokens=16)
+    row = next(
+        line
+        for line in text.splitlines()[text.splitlines().index("Saved against full attention in the same model") :]
+        if line.strip().startswith("4,096")
+    )
+    assert row.split()[1:4] == ["56.25%", "53.91%", "51.56%"]
+    assert "against full: 1,297 tokens" in text
+
+
+def test_the_report_needs_a_recipe_alone():
+    done = command("--config", "configs/rattn_3b.py:window=512", "--report")
+    assert done.returncode == 0, done.stderr
+    assert "window 512" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kept", "peer", "expected"),
+    [((0, 10), (1, 0), 11), ((1, 1), (1, 0), None), ((0, 0), (1, 0), 1)],
+)
+def test_crossing(kept, peer, expected):
+    lines = [lambda length, line=line: line[0] * length + line[1] for line in (kept, peer)]
+    assert report.crossing(*lines, longest=1000) == expected
+
+
+def test_mistakes_get_a_sentence(generator, whole, tmp_path):
+    def refuse(prompts, sentence, **arguments):
+        with pytest.raises(UserError, match=sentence):
+            generator.generate(prompts, **{"max_tokens": 5} | arguments)
+
+    refuse(["x" * 60], r"Prompt 0 has 60 tokens, which with max_tokens=5 do not fit in a cache of 64", capacity=64)
+    refuse([[5, 300]], r"Prompt 0 has id 300; the vocabulary has ids 0 to 258")
+    refuse([[5, 2]], r"Prompt 0 holds a token that the vocabulary does not know, after '\\x02'")
+    refuse(["a", ""], r"Prompt 1 is empty")
+    refuse(["a"], r"max_tokens is 0", max_tokens=0)
+    (tmp_path / "config.json").write_text((whole[0] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"There are no checkpoints in"):
+        Generator.from_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"config.model.window is -3; it cannot be negative"):
+        Generator.from_checkpoint(whole[0], window=-3)
+
+
+def test_the_window_may_be_another(whole, generator):
+    wide, row = Generator.from_checkpoint(whole[0], window=64), generator.vocabulary.encode(PROMPTS[2])
+    tokens = np.asarray([row], np.int32)
+    last = []
+    for one in (generator, wide):
+        x_BTD, _ = one.decoder.prefill(one._weights, one.decoder.empty_cache(1, 64), tokens)
+        last.append(np.asarray(one.decoder.logits(one._weights, x_BTD))[0])
+    # The windows are 8 and 64: what they see parts at the ninth token.
+    np.testing.assert_allclose(last[0][:8], last[1][:8], atol=1e-5)
+    assert np.abs(last[0][8:] - last[1][8:]).max(axis=-1).min() > 1e-3
+
+
+def test_pieces_of_a_sentencepiece_model_are_known():
+    text = "we hold these truths to be self evident that all men are created equal " * 20
+    vocabulary = SentencePieceVocabulary(train_sentencepiece([text], 300), where="here")
+    known = vocabulary.token_bytes() > 0
+    assert known[vocabulary.encode("we hold ö truths")].all()
+
+
+def test_a_recipe_has_no_weights():
+    done = command("--config", "configs/tiny.py", "--prompt", "x")
+    assert done.returncode == 1
+    assert "--config is 'tiny', which has no weights; give --checkpoint alone, or add --report." in done.stderr
+    assert "Traceback" not in done.stderr
