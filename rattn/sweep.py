@@ -61,7 +61,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     if values.report_only:
         return _finish(results, values, 0)
     if values.launcher:
-        fill_launcher(values.launcher, "", "", [])
+        fill_launcher(values.launcher, [], stage="", name="", workdir="")
     _describe(sweep, results.workdir)
     return _finish(results, values, runner.run(chosen))
 
@@ -96,7 +96,7 @@ def _finish(results: Results, values: flags.FlagValues, status: int) -> int:
 
 
 def _describe(sweep: Sweep, workdir: pathlib.Path) -> None:
-    """Leaves beside the results what the sweep was and what it ran on: sweep.json, packages aside."""
+    """Leaves beside the results what the sweep was: its command and its points, in sweep.json."""
     workdir.mkdir(parents=True, exist_ok=True)
     points = [
         {"name": point.name, "identity": point.identity, "recipe": point.recipe, "overrides": list(point.overrides)}
@@ -111,12 +111,11 @@ def _list(runner: Runner, results: Results, points: list[Point], launcher: str) 
     for point in points:
         if results.of(point):
             continue
-        folder = str(results.point_folder(point.name))
-        commands = runner.commands(point).values()
-        lines = [
-            fill_launcher(launcher, point.name, folder, line) if launcher else shlex.join(line) for line in commands
-        ]
-        print(" && ".join(lines))
+        where = {"name": point.name, "workdir": str(results.point_folder(point.name))}
+        commands = runner.commands(point).items()
+        print(
+            " && ".join(fill_launcher(launcher or "{command}", line, stage=stage, **where) for stage, line in commands)
+        )
 
 
 if __name__ == "__main__":
@@ -130,7 +129,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slices", 1, "For --dry_run: slices of that shape.")
     flags.DEFINE_boolean("list_commands", False, "Print the commands of what is to be done, and run nothing.")
     flags.DEFINE_string(
-        "launcher", "", "Shell command that runs a point's command: {command} is replaced, {name} and {workdir} too."
+        "launcher",
+        "",
+        "Shell command that runs a point's command: {command} is replaced; {stage}, {name} and {workdir} too.",
     )
     flags.DEFINE_float(
         "budget_seconds", 0.0, "Start no point that would not fit, and stop what overruns; 0: no limit.", lower_bound=0

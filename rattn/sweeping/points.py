@@ -17,8 +17,8 @@ from configs import base
 from rattn.config import UnknownArgument, differences, load_config, override, to_json, validate
 from rattn.errors import UserError, nearest
 
-# Keys that change neither what is learned nor what is measured, and where things lie on a machine.
-INCIDENTAL_SECTIONS = ("checkpoint.", "log.")
+# Keys that change neither what is learned nor what rattn.evaluate measures, and where things lie on a machine.
+INCIDENTAL_SECTIONS = ("checkpoint.", "evaluation.", "log.")
 INCIDENTAL = ("data.read_threads", "data.prefetch_batches", "data.path", "init_from")
 
 
@@ -211,7 +211,7 @@ def same_config(found: dict[str, Any], config: ConfigDict) -> bool:
     return not [
         key
         for key, before, now in differences(found, wanted)
-        if before is not None and now is not None and not _incidental(key) and not key.startswith("evaluation.")
+        if before is not None and now is not None and not _incidental(key)
     ]
 
 

@@ -27,7 +27,8 @@ class Options:
     """How to run.
 
     Attributes:
-      launcher: shell command in which {command}, {name} and {workdir} are replaced; "" runs commands as they are.
+      launcher: shell command in which {command} is replaced, and {stage} (train or evaluate), {name} and {workdir} of
+        the point; "" runs commands as they are.
       budget_seconds: a point that would not fit is left for later, and one that overruns is told to save and stop; 0
         sets no limit.
       cut_points: starts what does not fit too, for the next start on this machine to go on with.
@@ -163,7 +164,7 @@ class Runner:
         """
         folder = self.results.point_folder(point.name)
         log = folder / f"{stage}.log"
-        command = self._launched(point, self.commands(point)[stage])
+        command = self._launched(point, stage)
         doing = {"train": "training", "evaluate": "evaluating"}[stage]
         self.table.set(point.name, doing, running=True)
         started, signalled = time.monotonic(), False
@@ -191,10 +192,12 @@ class Runner:
             raise _Failed(stage, _reason(log, begin, process.returncode), str(log))
         return time.monotonic() - started
 
-    def _launched(self, point: Point, command: list[str]) -> list[str] | str:
+    def _launched(self, point: Point, stage: str) -> list[str] | str:
+        command = self.commands(point)[stage]
         if not self.options.launcher:
             return [sys.executable, *command[1:]]
-        return fill_launcher(self.options.launcher, point.name, str(self.results.point_folder(point.name)), command)
+        folder = str(self.results.point_folder(point.name))
+        return fill_launcher(self.options.launcher, command, stage=stage, name=point.name, workdir=folder)
 
     @contextlib.contextmanager
     def _locked(self, point: Point) -> Iterator[int]:
@@ -260,16 +263,16 @@ class Runner:
             self.results.delete_checkpoints(name)
 
 
-def fill_launcher(template: str, name: str, workdir: str, command: list[str]) -> str:
-    """Replaces {command}, {name} and {workdir} in a launcher's template.
+def fill_launcher(template: str, command: list[str], **values: str) -> str:
+    """Replaces {command} and the other names in a launcher's template.
 
     Raises:
       UserError: the template has no place for the command.
     """
     if "{command}" not in template:
         raise UserError(f"--launcher {template!r} has no {{command}}; say where the point's command goes.")
-    values = {"command": shlex.join(command), "name": name, "workdir": workdir}
-    return re.sub(r"\{(command|name|workdir)\}", lambda match: values[match[1]], template)
+    values["command"] = shlex.join(command)
+    return re.sub(r"\{(command|stage|name|workdir)\}", lambda match: values[match[1]], template)
 
 
 def figures(result: Result) -> str:

@@ -270,10 +270,11 @@ def test_a_budget_that_is_over_saves_and_the_next_start_goes_on(sweep_of, run):
 
 
 def test_a_launcher_must_have_a_place_for_the_command():
-    filled = runner_module.fill_launcher("ssh {name} 'cd {workdir} && {command}'", "a", "/w", ["python", "-m", "x y"])
+    where = {"stage": "train", "name": "a", "workdir": "/w"}
+    filled = runner_module.fill_launcher("ssh {name} 'cd {workdir} && {command}'", ["python", "-m", "x y"], **where)
     assert filled == "ssh a 'cd /w && python -m 'x y''"
     with pytest.raises(UserError, match=r"--launcher 'ssh pod' has no \{command\}"):
-        runner_module.fill_launcher("ssh pod", "a", "/w", ["x"])
+        runner_module.fill_launcher("ssh pod", ["x"], **where)
 
 
 # Merging
