@@ -21,5 +21,5 @@ COMMON = {
 def sweep(add):
     for mixer in ("full", "linear"):
         add(mixer=mixer)
-    for point in product(window=[8], mixer=["rattention", "swa"]):
+    for point in product(window=[8, 16], mixer=["rattention", "swa"]):
         add(**point)

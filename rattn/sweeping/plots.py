@@ -130,11 +130,12 @@ def _against_window(group: Group, axes: Axes) -> tuple[str, str] | None:
 
 def _against_cache(group: Group, axes: Axes) -> tuple[str, str]:
     """Loss over decode cache, with the Pareto front."""
-    _scatter_with_front(group, axes, lambda run: run.cache_bytes / 2**20)
+    scale, unit = (2**20, "MiB") if max(run.cache_bytes for run in group.runs) >= 2**21 else (2**10, "KiB")
+    _scatter_with_front(group, axes, lambda run: run.cache_bytes / scale)
     context = group.runs[0].own["context_length"]
     _log_axis(axes)
     axes.set(
-        xlabel=f"decode cache of one sequence of {context:,} tokens (MiB)", ylabel="validation loss (nats a token)"
+        xlabel=f"decode cache of one sequence of {context:,} tokens ({unit})", ylabel="validation loss (nats a token)"
     )
     return "Loss against decode cache", (
         "Means over seeds; the line is the Pareto front: no point has both a smaller cache and a lower loss. "
@@ -311,7 +312,7 @@ def _styled(group: Group) -> Iterator[tuple[Variant, dict[str, Any]]]:
         curve = group.curve(mixer)
         for index, variant in enumerate(curve):
             style = {
-                "color": _colour(mixer, index / max(len(curve) - 1, 1)),
+                "color": _colour(mixer, index / (len(curve) - 1) if len(curve) > 1 else 1.0),
                 "marker": MARKERS[index % len(MARKERS)] if variant.window is not None else None,
                 "linestyle": {"full": "-", "swa": "--", "linear": ":"}.get(mixer, "-"),
                 "markersize": 4.5,
@@ -348,6 +349,9 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
     ticks = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 9)]]
+    if high < 8 * low:
+        places = sorted({float(x) for line in axes.get_lines() for x in line.get_xdata()})
+        ticks = places[:: -(-len(places) // 6)]
     axes.set_xticks(ticks, [f"{tick:,g}" if tick >= 1e-2 else f"{tick:.1e}" for tick in ticks])
     axes.set_xlim(low / 1.15, high * 1.15)
 

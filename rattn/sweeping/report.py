@@ -11,7 +11,17 @@ from typing import Any
 
 from rattn.accounting import readable_bytes, readable_count
 from rattn.sweeping.results import Result
-from rattn.sweeping.summary import Group, Run, Variant, bits_per_byte, grouped, loss, recall_beyond, weighted
+from rattn.sweeping.summary import (
+    Group,
+    Run,
+    Variant,
+    bits_per_byte,
+    grouped,
+    loss,
+    recall_beyond,
+    repeated,
+    weighted,
+)
 from rattn.sweeping.verdict import compare, verdict
 
 STYLE = """
@@ -150,7 +160,8 @@ def _budget(group: Group) -> str:
     epochs = sorted({round(run.evaluation["epochs"], 2) for run in group.runs})
     said = " to ".join(readable_count(value) for value in dict.fromkeys((tokens[0], tokens[-1])))
     passes = " to ".join(f"{value:g}" for value in dict.fromkeys((epochs[0], epochs[-1])))
-    return f"{len(group.runs)} runs, each trained on {said} tokens: {passes} passes over the training text."
+    epochs_said = f": {passes} passes over the training text" if epochs[-1] else ""
+    return f"{len(group.runs)} runs, each trained on {said} tokens{epochs_said}."
 
 
 def _table(group: Group, epsilon: float | None) -> str:
@@ -197,7 +208,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str]], sections: Sequence[str]) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    facts = _facts([Run(result) for result in results])
+    facts = _facts(results)
     failed = "".join(
         f"<li><b>{html.escape(failure['name'])}</b> ({failure['stage']}): {html.escape(failure['reason'])}</li>"
         for failure in failures
@@ -214,8 +225,9 @@ def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str
     )
 
 
-def _facts(runs: Sequence[Run]) -> list[str]:
+def _facts(results: Sequence[Result]) -> list[str]:
     """What a reader must know before comparing: hardware, data, evaluation."""
+    runs = [run for group in grouped(results) for run in group.runs]
     devices = sorted({run.evaluation["device"] for run in runs})
     facts = [f"Evaluated on {', '.join(devices)}."]
     if len({run.evaluation["data_fingerprint"] for run in runs}) > 1:
@@ -225,6 +237,12 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         facts.append("The results were measured on different numbers of targets: compare within one evaluation only.")
     else:
         facts.append(f"Each loss is of the same {targets.pop():,} held-out tokens.")
+    names = ", ".join(f"{result['name']} ({result['identity']})" for result in repeated(results))
+    if names:
+        facts.append(
+            f"Left out, for a later result has the same group, mixer, window and seed: {names}. Give points that "
+            "differ in something else a group= of their own."
+        )
     return facts
 
 

@@ -164,9 +164,16 @@ class Group:
 
 
 def grouped(results: Sequence[Result]) -> list[Group]:
-    """Sorts results into groups, fewest tokens first, and variants by mixer and window."""
+    """Sorts results into groups, fewest tokens first, and variants by mixer and window.
+
+    Of results that differ in neither group, mixer, window nor seed the one that finished last stays: the others are no
+    further seeds (see `repeated`).
+    """
     groups: dict[str, dict[tuple[str, int | None], list[Run]]] = {}
+    left_out = {id(result) for result in repeated(results)}
     for result in results:
+        if id(result) in left_out:
+            continue
         run = Run(result)
         groups.setdefault(result["group"], {}).setdefault((run.mixer, run.window), []).append(run)
 
@@ -179,6 +186,19 @@ def grouped(results: Sequence[Result]) -> list[Group]:
         for name, variants in groups.items()
     ]
     return sorted(made, key=lambda group: (min(run.evaluation["tokens_seen"] for run in group.runs), group.name))
+
+
+def repeated(results: Sequence[Result]) -> list[Result]:
+    """Results that a later one of the same group, mixer, window and seed replaces."""
+    latest: dict[tuple, Result] = {}
+    found = []
+    for result in sorted(results, key=lambda result: result["finished_at"]):
+        run = Run(result)
+        key = (result["group"], run.mixer, run.window, run.seed)
+        if key in latest:
+            found.append(latest[key])
+        latest[key] = result
+    return found
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -103,8 +103,8 @@ def _caution(full: Variant, epsilon: float | None) -> str:
     seeds = len(full.runs)
     return (
         f"ε is twice full attention's spread (sample standard deviation) over {seeds} seeds: "
-        f"{2 * full.spread(loss):.4f} nats a token for the loss, and for recall the same of each window's own figure."
-        + (" Two or three seeds estimate a spread badly: read ε as a rough scale." if seeds < 4 else "")
+        f"{_nats(2 * full.spread(loss))} nats a token for the loss, and for recall the same of each window's own "
+        "figure." + (" Two or three seeds estimate a spread badly: read ε as a rough scale." if seeds < 4 else "")
     )
 
 
@@ -115,4 +115,8 @@ def _epsilon(spread: float | None, epsilon: float | None) -> float | None:
 
 
 def _against(excess: float, epsilon: float) -> str:
-    return f"{excess:+.4f} ({'within' if excess <= epsilon else 'beyond'} ε = {epsilon:.4f})"
+    return f"{excess:+.4f} ({'within' if excess <= epsilon else 'beyond'} ε = {_nats(epsilon)})"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.1e}"

@@ -386,6 +386,15 @@ def test_a_curve_that_is_not_monotone_is_said(sweep_of):
     assert "not monotone: 8 is larger and not within ε" in verdict(group, None)[0]
 
 
+def test_two_results_of_one_seed_are_not_two_seeds(sweep_of, tmp_path):
+    results = results_of(sweep_of(CURVE), losses(TABLE))
+    again = json.loads(json.dumps(results[0])) | {"name": "again", "identity": "other", "finished_at": "y"}
+    (group,) = grouped([again, *results])
+    assert [run.result["name"] for run in group.full.runs] == ["again", results[4]["name"]]
+    text = write_report([again, *results], [], tmp_path, None).read_text()
+    assert f"Left out, for a later result has the same group, mixer, window and seed: {results[0]['name']} (" in text
+
+
 def test_a_single_seed_of_full_attention_gives_no_verdict(sweep_of):
     text = CURVE.replace('seed in (0, 1):\n        add(mixer="full", window=32, seed=seed)', "seed in (0, 1):")
     (group,) = grouped(results_of(sweep_of(text), losses(TABLE)))
