@@ -37,7 +37,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     if config is None:
         if not (values.merge or values.report_only or values.archive):
             raise UserError("There is no --config; name a recipe, such as --config configs/small.py, and a --sweep.")
-        return _finish(results, values, 0)
+        return _finish(results, None, values, 0)
     if not values.sweep:
         raise UserError("There is no --sweep; name a sweep file, such as --sweep configs/sweeps/window.py.")
     sweep = load_sweep(values.sweep, take_recipe(sys.argv)[0], config)
@@ -59,11 +59,11 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         _list(runner, results, chosen, values.launcher)
         return 0
     if values.report_only:
-        return _finish(results, values, 0)
+        return _finish(results, sweep, values, 0)
     if values.launcher:
         fill_launcher(values.launcher, [], stage="", name="", workdir="")
     _describe(sweep, results.workdir)
-    return _finish(results, values, runner.run(chosen))
+    return _finish(results, sweep, values, runner.run(chosen))
 
 
 def _merge(results: Results, other: str) -> None:
@@ -71,9 +71,12 @@ def _merge(results: Results, other: str) -> None:
     print("\n".join([f"{other}: {new} new results, {known} known.", *conflicts]))
 
 
-def _finish(results: Results, values: flags.FlagValues, status: int) -> int:
-    """Writes what the results allow, and says what failed."""
+def _finish(results: Results, sweep: Sweep | None, values: flags.FlagValues, status: int) -> int:
+    """Writes what the results allow, and says what failed; of the sweep's points, or of all that is there."""
     found, failures = results.all(), results.failures()
+    if sweep:
+        found = [result for point in sweep.points if (result := results.of(point))]
+        failures = [failure for failure in failures if failure["identity"] in {p.identity for p in sweep.points}]
     if values.archive:
         print(f"{results.write_archive(pathlib.Path(values.archive))} results in {values.archive}")
     if found and values.report:

@@ -6,7 +6,8 @@
 # STUDY is window or recall. OUT gets STUDY.tar.xz (all results so far) and, where points failed, failures.txt. Before a
 # lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream) and, from the lease before,
 # STUDY.tar.xz, whose points are not run again. Within a lease the same call goes on where the last one stopped, in the
-# middle of a point too. Needs neither TensorFlow nor seqio. Afterwards, elsewhere:
+# middle of a point too; in a lease's last call --nocut_points starts nothing that would not fit. Needs neither
+# TensorFlow nor seqio. Afterwards, elsewhere:
 #
 #   python -m rattn.sweep --merge OUT/window.tar.xz --workdir runs/window --report_only
 set -u

@@ -48,11 +48,6 @@ class Point:
     first_step: int
     identity: str
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that the finished model has seen (those of a trunk it continues included)."""
-        return self.config.total_steps * self.config.batch_size * self.config.context_length
-
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:

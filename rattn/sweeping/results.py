@@ -53,11 +53,11 @@ class Results:
         return [_read(path) for path in sorted(self._folder.glob("*.json"))]
 
     def of(self, point: Point) -> Result | None:
-        """The point's result, or None where it has none that was made with its config."""
+        """The point's result, under its present name and group; None where none was made with its config."""
         for path in self._folder.glob(f"*.{point.identity}.json"):
             result = _read(path)
             if same_config(result["evaluation"]["config"], point.config):
-                return result
+                return result | {"name": point.name, "group": point.group}
         return None
 
     def collect(self, point: Point, seconds: dict[str, float | None], trained_steps: int) -> Result:
