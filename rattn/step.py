@@ -107,12 +107,14 @@ def _accumulate(
     if steps == 1:
         return gradient(batch)
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1), batch)
-    first = gradient(jax.tree.map(lambda x: x[0], microbatches))
 
     def add(total: Tree, microbatch: Batch) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, total, gradient(microbatch)), None
 
-    total, _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], microbatches))
+    # From zeros, so that the model is compiled once.
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
     return total
 
 

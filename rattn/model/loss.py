@@ -35,7 +35,7 @@ def cross_entropy_sum(
     def chunk_sum(x: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(x, unembedding_VD)
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = log_z - _target_logits(logits, targets)
         nats = jnp.where(mask, nats, 0.0)
         penalty = jnp.where(mask, z_loss * log_z * log_z, 0.0) if z_loss else jnp.zeros_like(nats)
         return (nats + penalty).sum(), nats.sum()
@@ -62,8 +62,8 @@ def token_losses(
 
     def chunk_losses(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(x, unembedding_VD)
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - target_logits, jnp.argmax(logits, axis=-1) == targets
+        nats = jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
+        return nats, jnp.argmax(logits, axis=-1) == targets
 
     if not chunk_tokens or chunk_tokens >= x_BTD.shape[1]:
         return chunk_losses(x_BTD, targets_BT)
@@ -71,6 +71,16 @@ def token_losses(
     losses = jax.lax.map(lambda xs: chunk_losses(*xs), chunks)
     nats_BT, hit_BT = (jnp.moveaxis(loss, 0, 2).reshape(targets_BT.shape) for loss in losses)
     return nats_BT, hit_BT
+
+
+def _target_logits(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Picks each target's logit, [B, T].
+
+    By a comparison and a sum of one term, which fuse with the passes over the logits; a gather would write their
+    gradient by a scatter of its own, and over devices that share the vocabulary it would move them.
+    """
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2) == targets_BT[..., None]
+    return jnp.where(is_target, logits_BTV, 0.0).sum(-1)
 
 
 def _chunks(x: jax.Array, chunk_tokens: int) -> jax.Array:
