@@ -144,7 +144,9 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     batches.close()
     if args.profile:
         jax.profiler.stop_trace()
-        print(costs_table(costs_by_kind(folder)))
+        costs = costs_by_kind(folder)
+        print(costs_table(costs))
+        folder.with_suffix(".txt").write_text(costs_table(costs, kernels=1000) + "\n")
     seconds = np.diff(times[WARMUP_STEPS - 1 : WARMUP_STEPS + args.steps]).tolist()
     per_second = config.batch_size * config.context_length / statistics.median(seconds)
     rate = statistics.mean(flops) * per_second

@@ -14,8 +14,8 @@ import sys
 KINDS = {
     "collectives": r"nccl",
     "copies": r"memcpy|memset|^copy|dynamic_(update_)?slice|dynamic-(update-)?slice",
-    "linear attention": r"residual|rla|sums|scan_|outputs_|dq_|dkv_",
-    "softmax attention": r"flash|attention|fmha|cudnn",
+    "linear attention": r"rla_",
+    "softmax attention": r"flash|attention|fmha|cudnn|mosaic_gpu",
     "matrix products": r"gemm|nvjet|cutlass|cublas|wgmma|sm90_|dot_",
     "reductions": r"reduce",
     "elementwise": r"fusion|loop_|add|mul|convert|transpose|concatenate|select|scatter|gather|broadcast|iota|sort",
