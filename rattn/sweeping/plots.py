@@ -298,7 +298,7 @@ def _has_recall(group: Group) -> bool:
 
 def _bits_axis(group: Group, axes: Axes) -> None:
     """The same heights in bits per byte, on the right; the runs of a group are of the same text."""
-    ratios = {round(bits_per_byte(run) / loss(run), 6) for run in group.runs}
+    ratios = {round(bits_per_byte(run) / loss(run), 6) for run in group.runs if loss(run)}
     if len(ratios) == 1:
         ratio = ratios.pop()
         right = axes.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))

@@ -127,8 +127,13 @@ class Variant:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def bins(self, kind: str) -> list[Bin]:
-        """The bins of `kind` at the own window and context, their means averaged over seeds; empty ones left out."""
+        """The bins of `kind` at the own window and context, their means averaged over seeds.
+
+        Empty ones are left out; runs of different contexts have no bins in common.
+        """
         found = []
+        if len({run.own["context_length"] for run in self.runs}) > 1:
+            return found
         for bins in zip(*(run.own[kind] for run in self.runs), strict=True):
             if all(bin["targets"] for bin in bins):
                 means = {key: statistics.fmean(bin[key] for bin in bins) for key in ("nats_per_token", "accuracy")}
