@@ -23,7 +23,6 @@ import json
 import pathlib
 import statistics
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ import numpy as np
 from rattn import accounting, platform
 from rattn.config import load_config, set_mixer, validate
 from rattn.decoding import cache as caches
-from rattn.decoding.decoder import Decoder
+from rattn.decoding.decoder import ATTENTIONS, Decoder
 from rattn.decoding.sampling import Sampling
 from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
@@ -50,9 +49,10 @@ class Point:
     context: int
     batch: int
     fold: int
+    attention: str
 
     def __str__(self):
-        return f"{self.model}, context {self.context}, batch {self.batch}, C = {self.fold}"
+        return f"{self.model}, context {self.context}, batch {self.batch}, C = {self.fold}, {self.attention}"
 
 
 class Model:
@@ -68,10 +68,12 @@ class Model:
         self.spec = model_spec(self.model)
         self.state_dtype = state_dtype
         self.decoder = functools.cache(self._decoder)
-        self.weight_shapes = jax.eval_shape(self.decoder(1).weights, self.spec.shapes)
+        self.weight_shapes = jax.eval_shape(self.decoder(1, "xla").weights, self.spec.shapes)
 
-    def _decoder(self, fold):
-        return Decoder(self.model, on_devices(1, 1), fold_tokens=fold, state_dtype=self.state_dtype)
+    def _decoder(self, fold, attention):
+        return Decoder(
+            self.model, on_devices(1, 1), fold_tokens=fold, state_dtype=self.state_dtype, attention=attention
+        )
 
     def cache_bytes(self, point):
         """Bytes of a sequence's cache."""
@@ -100,7 +102,7 @@ class Model:
 
     def compiled(self, point):
         """Compiles C sampled steps and the fold."""
-        decoder = self.decoder(point.fold)
+        decoder = self.decoder(point.fold, point.attention)
         layout = decoder.layout(point.batch, point.context)
         tokens = jax.ShapeDtypeStruct((point.batch,), jnp.int32)
         run = decoder.compiled("sample", layout, GREEDY)
@@ -170,6 +172,7 @@ def arguments():
         help="in this order; max: most that fit, and most of the model before",
     )
     parser.add_argument("--fold", type=int, nargs="+", default=[accounting.FOLD_TOKENS], help="C, tokens between folds")
+    parser.add_argument("--attention", nargs="+", default=["xla"], choices=ATTENTIONS)
     parser.add_argument("--state_dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")
@@ -183,17 +186,18 @@ def points_of(args, models, memory):
     """Lists the points that fit in `memory` bytes beside the weights, in the order of --batches."""
 
     def most(name, context, fold):
-        size = int(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold)))
+        size = int(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "")))
         # Whole groups of eight where there are any.
         return size if size < 8 else size // 8 * 8
 
     points = []
-    for batch, context, fold in itertools.product(args.batches, args.contexts, args.fold):
+    for batch, context, fold, attention in itertools.product(args.batches, args.contexts, args.fold, args.attention):
         for name, before in zip(models, [None, *models], strict=False):
             sizes = [most(name, context, fold)] if batch == "max" else [int(batch)]
             if batch == "max" and before:
                 sizes.append(most(before, context, fold))
-            wanted = [Point(name, context, size, fold) for size in sizes if 1 <= size <= most(name, context, fold)]
+            sizes = [size for size in sizes if 1 <= size <= most(name, context, fold)]
+            wanted = [Point(name, context, size, fold, attention) for size in sizes]
             points += [point for point in wanted if point not in points]
     return points
 
@@ -276,7 +280,7 @@ def timed(function, *arguments):
 
 def measure(model, compiled, weights, point):
     """Returns milliseconds of a step in each round, sorted."""
-    cache = random_cache(model.decoder(point.fold), point)
+    cache = random_cache(model.decoder(point.fold, point.attention), point)
     weights = pick(weights, model.weight_shapes)
     tokens, key, first = jnp.zeros(point.batch, jnp.int32), jax.random.key(0), jnp.int32(0)
     times = []
@@ -307,17 +311,18 @@ def entry(model, point, milliseconds, copied, compile_seconds):
 
 def line(found):
     """One line of progress."""
-    point = types.SimpleNamespace(**found)
-    return (
-        f"{point.model}, context {point.context}, batch {point.batch}, C = {point.fold}: "
-        f"{point.milliseconds['median']:.3f} ms a step, {point.bound_share:.1%} of the bound"
-    )
+    point = Point(**{field.name: found[field.name] for field in dataclasses.fields(Point)})
+    return f"{point}: {found['milliseconds']['median']:.3f} ms a step, {found['bound_share']:.1%} of the bound"
 
 
 def tables(result):
     """Lays the results out."""
+
+    def place(found):
+        return [found[name] for name in ("context", "batch", "model", "attention", "fold")]
+
     rows = []
-    for found in sorted(result["points"], key=lambda e: (e["context"], e["batch"], e["model"], e["fold"])):
+    for found in sorted(result["points"], key=place):
         ms = found["milliseconds"]
         rows.append(
             [
@@ -325,19 +330,22 @@ def tables(result):
                 f"{found['context']:,}",
                 str(found["batch"]),
                 str(found["fold"]),
+                found["attention"],
                 f"{ms['median']:.3f} ({ms['least']:.3f}–{ms['most']:.3f})",
                 f"{found['tokens_per_second']:,.0f}",
                 accounting.readable_bytes(found["batch"] * found["cache_bytes_per_sequence"]),
                 f"{found['bound_share']:.1%}",
             ]
         )
-    header = ["model", "context", "batch", "C", "ms a step", "tokens/s", "caches", "of the bound"]
+    header = ["model", "context", "batch", "C", "attention", "ms a step", "tokens/s", "caches", "of the bound"]
     figure = [
         [f"{e['context']:,}", str(e["batch"]), f"{e['measured']:.1%}", f"{e['formula']:.1%}"]
         for e in result["figure_7"]
     ]
     title = "Share of a step that a window of 512 saves against one of 4096 (Figure 7)"
-    return "\n\n".join([table(header, rows), title, table(["context", "batch", "measured", "formula"], figure)])
+    return "\n\n".join(
+        [table(header, rows), title, table(["context", "batch", "C", "attention", "measured", "formula"], figure)]
+    )
 
 
 def figure_7(models, found, copied, flops):
@@ -345,23 +353,18 @@ def figure_7(models, found, copied, flops):
     ours, theirs = "rattention:512", "swa:4096"
     if not {ours, theirs} <= models.keys():
         return []
-    times = {(e["model"], e["context"], e["batch"], e["fold"]): e["milliseconds"]["median"] for e in found}
+    times = {
+        Point(**{f.name: e[f.name] for f in dataclasses.fields(Point)}): e["milliseconds"]["median"] for e in found
+    }
     result = []
-    for (name, context, batch, fold), ms in sorted(times.items()):
-        peer = times.get((theirs, context, batch, fold))
-        if name != ours or not peer:
+    for point, milliseconds in times.items():
+        peer = dataclasses.replace(point, model=theirs)
+        if point.model != ours or peer not in times:
             continue
-        formula = [formula_seconds(models[m], Point(m, context, batch, fold), copied, flops) for m in (ours, theirs)]
-        result.append(
-            {
-                "context": context,
-                "batch": batch,
-                "fold": fold,
-                "measured": 1 - ms / peer,
-                "formula": 1 - formula[0] / formula[1],
-            }
-        )
-    return result
+        seconds = [formula_seconds(models[p.model], p, copied, flops) for p in (point, peer)]
+        saved = {"measured": 1 - milliseconds / times[peer], "formula": 1 - seconds[0] / seconds[1]}
+        result.append(dataclasses.asdict(point) | saved)
+    return sorted(result, key=lambda e: (e["context"], e["batch"]))
 
 
 def formula_seconds(model, point, bandwidth, flops):

@@ -12,11 +12,12 @@ from rattn.decoding import cache as caches
 from rattn.decoding import layers, prefill, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
-from rattn.errors import UserError
+from rattn.errors import UserError, nearest
 from rattn.model.parameters import model_spec
 from rattn.sharding import Sharding
 
 Tree = Any
+ATTENTIONS = ("xla", "pallas_gpu")
 
 
 class Decoder:
@@ -33,6 +34,7 @@ class Decoder:
         *,
         fold_tokens: int = FOLD_TOKENS,
         state_dtype: str = "float32",
+        attention: str = "xla",
     ):
         """Takes what all caches have in common.
 
@@ -41,6 +43,8 @@ class Decoder:
           sharding: as in training; the mesh must not cut sequences.
           fold_tokens: C, steps between two folds: more make rings longer and write states less often.
           state_dtype: "float32" or "bfloat16", of the states that are kept.
+          attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that `rattn.decoding.pallas_gpu`
+            fits.
 
         Raises:
           UserError: a value that does not fit.
@@ -53,12 +57,20 @@ class Decoder:
             raise UserError(f"fold_tokens is {fold_tokens}; give the steps between two folds, at least 1.")
         if state_dtype not in ("float32", "bfloat16"):
             raise UserError(f"state_dtype is {state_dtype!r}; use float32 or bfloat16.")
+        if attention not in ATTENTIONS:
+            raise UserError(
+                f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {' or '.join(ATTENTIONS)}."
+            )
+        if attention == "pallas_gpu" and sharding.mesh.size > 1:
+            raise UserError(f"attention='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'.")
         if sharding.mesh.size > 1:
             spec = model_spec(model)
             sharding.parameters(spec.logical, spec.shapes)  # Raises where the mesh does not divide the model.
         self.model, self.sharding = model, sharding
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
+        on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+        self._kernel = "none" if attention == "xla" else "interpreted" if on_cpu else "compiled"
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
@@ -181,7 +193,7 @@ class Decoder:
             return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
         if what == "sample":
             run = functools.partial(
-                step.sampled_steps, self.layers, self.model, sampling=rest[0], steps=layout.fold_tokens
+                step.sampled_steps, self.layers, self.model, self._kernel, sampling=rest[0], steps=layout.fold_tokens
             )
             return jax.jit(run, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
         layer, history = rest
@@ -196,7 +208,7 @@ class Decoder:
             lambda cache: cache,
             cache,
         )
-        return step.step(self.layers, self.model, weights, cache, tokens_B)
+        return step.step(self.layers, self.model, self._kernel, weights, cache, tokens_B)
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kernels_pallas.residual_linear_attention.feature_map import features
+from rattn.decoding import pallas_gpu
 from rattn.decoding.cache import (
     Cache,
     CacheLayout,
@@ -44,16 +45,29 @@ MIN_SPLIT = 256
 
 
 def step(
-    layers: tuple[LayerSpec, ...], model: ConfigDict, weights: dict[str, Any], cache: Cache, tokens_B: jax.Array
+    layers: tuple[LayerSpec, ...],
+    model: ConfigDict,
+    kernel: str,
+    weights: dict[str, Any],
+    cache: Cache,
+    tokens_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Runs int32 tokens_B through the model; returns float32 logits_BV and the cache with them in it.
 
     At most C steps may follow one another without `folded`.
+
+    Args:
+      layers: the model's.
+      model: `config.model`.
+      kernel: "none", or how `rattn.decoding.pallas_gpu` runs in layers that it fits: "compiled" or "interpreted".
+      weights: the model's.
+      cache: with the tokens before.
+      tokens_B: each sequence's next token.
     """
     x_BD = embed(weights["model"], tokens_B)
     kept = []
     for layer, w, layer_cache in zip(layers, weights["layers"], cache.layers, strict=True):
-        x_BD, layer_cache = _layer_step(layer, cache.layout, w, layer_cache, cache.clock, x_BD)
+        x_BD, layer_cache = _layer_step(layer, cache.layout, kernel, w, layer_cache, cache.clock, x_BD)
         kept.append(layer_cache)
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
 
@@ -61,6 +75,7 @@ def step(
 def sampled_steps(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
+    kernel: str,
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -75,6 +90,7 @@ def sampled_steps(
     Args:
       layers: the model's.
       model: `config.model`.
+      kernel: as `step`.
       weights: the model's.
       cache: in which the states have caught up.
       tokens_B: int32, each sequence's newest token, which is not in the cache yet.
@@ -92,7 +108,7 @@ def sampled_steps(
         rings, clock, tokens_B = carry
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-        logits_BV, after = step(layers, model, weights, Cache(whole, clock, cache.layout), tokens_B)
+        logits_BV, after = step(layers, model, kernel, weights, Cache(whole, clock, cache.layout), tokens_B)
         tokens_B = sample(logits_BV, jax.random.fold_in(key, first + index), sampling)
         rings = tuple({name: x for name, x in kept.items() if name != "state_BKPH"} for kept in after.layers)
         return (rings, after.clock, tokens_B), tokens_B
@@ -104,48 +120,103 @@ def sampled_steps(
 
 
 # Traced once for each kind of layer; XLA inlines it.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer_step(
-    layer: LayerSpec, layout: CacheLayout, weights: Weights, cache: LayerCache, clock: Clock, x_BD: jax.Array
+    layer: LayerSpec,
+    layout: CacheLayout,
+    kernel: str,
+    weights: Weights,
+    cache: LayerCache,
+    clock: Clock,
+    x_BD: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer's part of `step`; `clock` is the one before the token."""
     q_BKGH, k_BKH, v_BKH = project(layer, weights, x_BD)
     positions_B = clock.length_B
-    now = clock.after_a_step()
     if not layer.has_linear:
         k_BKH = _positioned(layer, softmax_key(layer, weights, k_BKH), positions_B)
     if layer.kind == "full":
-        cache = cache | {
+        cache = {
             "k_BKSH": _write_rows(cache["k_BKSH"], k_BKH, positions_B),
             "v_BKSH": _write_rows(cache["v_BKSH"], v_BKH, positions_B),
         }
-        q = _positioned(layer, softmax_query(layer, weights, q_BKGH), positions_B)
-        slots = jnp.arange(layout.capacity, dtype=jnp.int32)[None]
-        visible_BS = (slots >= clock.start_B[:, None]) & (slots <= positions_B[:, None])
-        return finish(layer, weights, x_BD, _attend(q, cache["k_BKSH"], cache["v_BKSH"], visible_BS), None), cache
-
-    slot = clock.steps % layout.slots(layer)
-    cache = cache | {
-        "k_BKSH": _write_slot(cache["k_BKSH"], k_BKH, slot),
-        "v_BKSH": _write_slot(cache["v_BKSH"], v_BKH, slot),
-    }
-    softmax = linear = None
-    if layer.has_softmax:
-        softmax = _window_branch(layer, layout, weights, cache, now, q_BKGH)
-    if layer.has_linear:
-        linear = _linear_branch(layer, layout, weights, cache, now, q_BKGH)
+    else:
+        slot = clock.steps % layout.slots(layer)
+        cache = cache | {
+            "k_BKSH": _write_slot(cache["k_BKSH"], k_BKH, slot),
+            "v_BKSH": _write_slot(cache["v_BKSH"], v_BKH, slot),
+        }
+    now = clock.after_a_step()
+    if kernel != "none" and _kernel_fits(layer, x_BD.dtype):
+        softmax, linear = _kernel_branches(layer, layout, kernel == "interpreted", weights, cache, now, q_BKGH)
+    else:
+        softmax = _softmax_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_softmax else None
+        linear = _linear_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_linear else None
     return finish(layer, weights, x_BD, softmax, linear), cache
 
 
-def _window_branch(
+def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:
+    plain = layer.has_softmax and not layer.feature_map_after_qk_norm and (layer.kind == "full" or layer.window > 0)
+    return plain and pallas_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
+
+
+def _kernel_branches(
+    layer: LayerSpec,
+    layout: CacheLayout,
+    interpret: bool,
+    weights: Weights,
+    cache: LayerCache,
+    now: Clock,
+    q_BKGH: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns what `_softmax_branch` and `_linear_branch` do, by the kernel."""
+    known_B = now.length_B - now.start_B
+    q = softmax_query(layer, weights, q_BKGH)
+    if not layer.has_linear:
+        q = _positioned(layer, q, now.length_B - 1)
+        if layer.kind == "full":
+            plan, newest_B = pallas_gpu.Plan(layout.capacity, interpret=interpret), now.length_B - 1
+        else:
+            plan = pallas_gpu.Plan(layout.kept_window(layer), interpret=interpret)
+            newest_B = jnp.broadcast_to((now.steps - 1) % layout.slots(layer), known_B.shape)
+        return pallas_gpu.attend(plan, q, cache["k_BKSH"], cache["v_BKSH"], newest_B, known_B)
+    slots = layout.slots(layer)
+    rotated = layer.rope_theta is not None
+    ages = ages_of_slots(now.steps, slots)
+    plan = pallas_gpu.Plan(
+        window=layout.kept_window(layer),
+        fold_tokens=layout.fold_tokens,
+        epsilon=layer.norm_epsilon if layer.qk_norm else None,
+        rotated=rotated,
+        interpret=interpret,
+    )
+    return pallas_gpu.attend(
+        plan,
+        q,
+        cache["k_BKSH"],
+        cache["v_BKSH"],
+        jnp.broadcast_to((now.steps - 1) % slots, known_B.shape),
+        known_B,
+        phi_BKGP=features(layer.feature_map, q_BKGH).astype(q.dtype),
+        state_BKPH=cache["state_BKPH"],
+        unfolded=now.unfolded,
+        scale_H=weights.get("k_norm_H"),
+        angles=rope_angles(-ages, layer.head_dim, layer.rope_theta) if rotated else None,
+    )
+
+
+def _softmax_branch(
     layer: LayerSpec, layout: CacheLayout, weights: Weights, cache: LayerCache, now: Clock, q_BKGH: jax.Array
 ) -> jax.Array:
-    """Returns the softmax branch's o_BKGH; `now` counts the new token, which is in the ring."""
+    """Returns the softmax branch's o_BKGH; `now` counts the new token, which is in the cache."""
+    q_BKGH, k_BKSH = softmax_query(layer, weights, q_BKGH), cache["k_BKSH"]
+    if layer.kind == "full":
+        slots = jnp.arange(layout.capacity, dtype=jnp.int32)[None]
+        visible_BS = (slots >= now.start_B[:, None]) & (slots < now.length_B[:, None])
+        return _attend(_positioned(layer, q_BKGH, now.length_B - 1), k_BKSH, cache["v_BKSH"], visible_BS)
     if layer.window == 0:
         return jnp.zeros_like(q_BKGH)
-    k_BKSH = cache["k_BKSH"]
     ages = ages_of_slots(now.steps, k_BKSH.shape[2])
-    q_BKGH = softmax_query(layer, weights, q_BKGH)
     if layer.has_linear:
         k_BKSH = softmax_key(layer, weights, k_BKSH)
         if layer.rope_theta is not None:

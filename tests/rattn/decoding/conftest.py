@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(7).integers(0, 11, (3, 24)).astype(np.int32)
 class Miniature:
     """A model of a few hundred weights, its training forward and its decoder."""
 
-    def __init__(self, fold_tokens, state_dtype="float32", sharding=None, **changes):
+    def __init__(self, fold_tokens, state_dtype="float32", sharding=None, attention="xla", **changes):
         config = load_config("configs/base.py")
         config.model.update(width=16, layers=5, query_heads=4, kv_heads=2, head_dim=4, mlp_width=24, vocab_size=11)
         config.model.update(
@@ -38,7 +38,11 @@ class Miniature:
             self.parameters,
         )
         self.decoder = Decoder(
-            self.model, sharding or on_devices(1, 1), fold_tokens=fold_tokens, state_dtype=state_dtype
+            self.model,
+            sharding or on_devices(1, 1),
+            fold_tokens=fold_tokens,
+            state_dtype=state_dtype,
+            attention=attention,
         )
         self.weights = self.decoder.weights(self.parameters)
         self._forward = jax.jit(lambda parameters, *inputs: self.spec.merge(parameters)(*inputs))

@@ -1,0 +1,126 @@
+"""The Triton kernel of a step: interpreted on the CPU, lowered for a Hopper, and compiled where there is a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from kernels_pallas.residual_linear_attention.feature_map import features
+from rattn.decoding import pallas_gpu
+from rattn.model.layers import rms_norm, rope_angles, rotate
+from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+B, K, G, H = 2, 2, 4, 32
+
+
+def arrays(slots):
+    keys = iter(jax.random.split(jax.random.key(5), 5))
+
+    def draw(*shape, dtype=jnp.bfloat16):
+        return jax.random.normal(next(keys), shape, dtype)
+
+    state = draw(B, K, 2 * H, H, dtype=jnp.float32)
+    return draw(B, K, G, H), draw(B, K, slots, H), draw(B, K, slots, H), state, 1 + 0.1 * draw(H, dtype=jnp.float32)
+
+
+def by_hand(q, k, v, visible_BS):
+    """Softmax attention in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bkgh,bksh->bkgs", q, k) * H**-0.5
+    weights = np.where(visible_BS[:, None, None], np.exp(scores), 0)
+    return np.einsum("bkgs,bksh->bkgh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def assert_within_rounding(found, wanted):
+    """Scores' inputs, weights and the result are rounded to bfloat16: 2⁻⁸ of scale each, three of them at worst."""
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=3 * 2.0**-8 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("newest", "known", "window"),
+    [
+        ((299, 270), (300, 271), 300),  # a full layer: slot = position, sequences of two lengths
+        ((100, 100), (150, 70), 120),  # a ring that goes round in one sequence
+        ((5, 5), (1, 300), 300),
+    ],
+)
+def test_plain_keys(newest, known, window):
+    q, k, v, _, _ = arrays(300)
+    newest, known = (np.array(x, np.int32) for x in (newest, known))
+    plan = pallas_gpu.Plan(window, interpret=True)
+    found, linear = jax.jit(lambda *x: pallas_gpu.attend(plan, *x))(q, k, v, newest, known)
+    ages = (newest[:, None] - np.arange(300)[None]) % 300
+    assert linear is None
+    assert_within_rounding(found, by_hand(q, k, v, ages < np.minimum(window, known)[:, None]))
+
+
+def test_keys_as_projected_and_the_linear_branch():
+    """A ring of W + C that goes round: keys normed and rotated on the way, the state, and keys that wait."""
+    window, fold_tokens, unfolded, newest = 250, 20, 17, 40
+    slots = window + fold_tokens
+    q, k, v, state, scale = arrays(slots)
+    known = np.array([400, 260], np.int32)
+    ages = (newest - np.arange(slots)) % slots
+    sin, cos = rope_angles(jnp.asarray(-ages), H, 1e4)
+    phi = features("softmax", q)
+    plan = pallas_gpu.Plan(window, fold_tokens, 1e-6, True, interpret=True)
+    softmax, linear = jax.jit(lambda **x: pallas_gpu.attend(plan, **x))(
+        q_BKGH=q,
+        k_BKSH=k,
+        v_BKSH=v,
+        newest_B=np.full(B, newest, np.int32),
+        known_B=known,
+        phi_BKGP=phi.astype(jnp.bfloat16),
+        state_BKPH=state,
+        unfolded=np.int32(unfolded),
+        scale_H=scale,
+        angles=(sin, cos),
+    )
+    positioned = rotate(rms_norm(k, scale, 1e-6), sin[None, None], cos[None, None])
+    reach = np.minimum(window, known)[:, None]
+    assert_within_rounding(softmax, by_hand(q, positioned, v, ages[None] < reach))
+    waits = (ages[None] >= window) & (ages[None] < window + unfolded) & (ages[None] < known[:, None])
+    assert waits.sum(axis=1).tolist() == [17, 10]
+    phi, phi_k, v, state = (np.asarray(x, np.float64) for x in (phi, features("softmax", k), v, state))
+    scores = np.einsum("bkgp,bksp->bkgs", phi, phi_k) * waits[:, None, None]
+    wanted = np.einsum("bkgs,bksh->bkgh", scores, v) + np.einsum("bkgp,bkph->bkgh", phi, state)
+    assert_within_rounding(linear, wanted)
+
+
+def test_a_model_decodes_the_same_with_the_kernel():
+    """To the bound that `test_bfloat16_stays_within_its_rounding` derives."""
+    changes = TWO_MIXERS | {"layers": 2, "head_dim": 32, "compute_dtype": "bfloat16"}
+    rows, found = [TOKENS[0, :9].tolist(), TOKENS[1, :5].tolist()], []
+    for attention in ("xla", "pallas_gpu"):
+        mini = Miniature(5, attention=attention, **changes)
+        _, cache = mini.chunk(mini.decoder.empty_cache(2, 24), rows, 10)
+        found.append(mini.steps(cache, TOKENS[:2, 9:18].T)[0])
+    error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
+    assert 0 < error < np.sqrt(2 * 14 * 2) * 2.0**-8 / np.sqrt(3)
+
+
+def test_the_kernel_lowers_for_a_hopper():
+    shapes = {
+        "q_BKGH": (B, K, 4, 128),
+        "k_BKSH": (B, K, 528, 128),
+        "v_BKSH": (B, K, 528, 128),
+        "phi_BKGP": (B, K, 4, 256),
+    }
+    given = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    given |= {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in ("newest_B", "known_B")}
+    given["state_BKPH"] = jax.ShapeDtypeStruct((B, K, 256, 128), jnp.float32)
+    given["unfolded"], given["scale_H"] = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((128,), jnp.float32)
+    given["angles"] = (jax.ShapeDtypeStruct((528, 64), jnp.float32),) * 2
+    attend = jax.jit(lambda **x: pallas_gpu.attend(pallas_gpu.Plan(512, 16, 1e-6, True), **x))
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = attend.trace(**given).lower(lowering_platforms=("cuda",))
+    assert "__gpu$xla.gpu.triton" in lowered.as_text()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_decodes_the_same_with_the_kernel():
+    test_a_model_decodes_the_same_with_the_kernel()
