@@ -15,7 +15,7 @@ from rattn.config import parse_arguments, set_mixer
 
 def get_config(arguments: str = "") -> ConfigDict:
     args = parse_arguments(
-        arguments, window=32, mixer="rattention", pairs=32, length=512, layers=2, width=128, ids=8192, steps=8000
+        arguments, window=32, mixer="rattention", pairs=32, length=512, layers=2, width=128, ids=2048, steps=6000
     )
     config = base.get_config()
     config.context_length = args.length
@@ -34,6 +34,7 @@ def get_config(arguments: str = "") -> ConfigDict:
         window=args.window,
     )
     config.data.update(source="recall", recall_pairs=args.pairs, vocabulary=f"ids:{args.ids}")
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = args.steps // 20
     config.checkpoint.every_steps = args.steps
     config.evaluation.update(every_steps=1000, batch_size=128)
