@@ -1,6 +1,7 @@
 """Sweeps: points, a runner that repeats nothing, merging, the verdict, the report; and one real sweep."""
 
 import csv
+import fcntl
 import json
 import os
 import pathlib
@@ -267,6 +268,24 @@ def test_a_budget_that_is_over_saves_and_the_next_start_goes_on(sweep_of, run):
     assert (status, len(results.all())) == (0, 3)
     assert calls[0] == "train seed1-window4-rattention"
     assert results.of(sweep.points[1])["trained_steps"] == 50
+
+
+def test_a_point_that_another_process_is_at_is_left_to_it(sweep_of, run, tmp_path):
+    """Another sweep in the same workdir, or the training that a killed one left behind."""
+    sweep = sweep_of(THREE)
+    folder = tmp_path / "sweep" / "points" / sweep.points[1].name
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # What a process inherits holds the lock when its parent is gone.
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()])
+    try:
+        status, results, calls = run(sweep)
+        assert (status, len(calls), len(results.all())) == (75, 4, 2)
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert run(sweep)[0] == 0
 
 
 def test_a_launcher_must_have_a_place_for_the_command():
