@@ -124,25 +124,21 @@ def main():
     memory = memory_bytes(device, args.memory_gib) - sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     points = points_of(args, models, memory)
     print(f"{len(points)} points, {args.threads} compiled at a time", flush=True)
+    compiled = compile_all(points, models, args.threads, began + 0.6 * args.seconds)
+    print(f"{time.perf_counter() - began:.0f} s since the start, {len(compiled)} compiled", flush=True)
     found = []
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-        compiling = {point: pool.submit(timed, models[point.model].compiled, point) for point in points}
-        # Autotuning of what compiles and timing of what runs would disturb each other.
-        concurrent.futures.wait(compiling.values(), timeout=0.6 * args.seconds - (time.perf_counter() - began))
-        pool.shutdown(cancel_futures=True)
-        print(f"{time.perf_counter() - began:.0f} s since the start, compiled", flush=True)
-        for point in points:
-            if time.perf_counter() - began > args.seconds or compiling[point].cancelled():
-                print(f"{point}: left out, {args.seconds:.0f} s are over", flush=True)
-                continue
-            try:
-                compiled, compile_seconds = compiling.pop(point).result()
-                milliseconds = measure(models[point.model], compiled, weights, point)
-            except jax.errors.JaxRuntimeError as error:
-                print(f"{point}: {str(error).splitlines()[0][:150]}", flush=True)
-                continue
-            found.append(entry(models[point.model], point, milliseconds, copied, compile_seconds))
-            print(line(found[-1]), flush=True)
+    for point in points:
+        if point not in compiled or time.perf_counter() - began > args.seconds:
+            print(f"{point}: left out, the time is over", flush=True)
+            continue
+        run, seconds = compiled.pop(point)
+        try:
+            milliseconds = measure(models[point.model], run, weights, point)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{point}: {str(error).splitlines()[0][:150]}", flush=True)
+            continue
+        found.append(entry(models[point.model], point, milliseconds, copied, seconds))
+        print(line(found[-1]), flush=True)
     result = {
         "device": device.device_kind,
         "jax": jax.__version__,
@@ -182,13 +178,34 @@ def arguments():
     return parser.parse_args()
 
 
+def compile_all(points, models, threads, deadline):
+    """Returns {point: (compiled, seconds)} of what is ready in time, before anything is timed.
+
+    Points of one batch size are compiled one after the other, so that the later ones find the matrix products that
+    XLA has tuned for the first.
+    """
+    compiled = {}
+
+    def compile_batch(batch):
+        for point in points:
+            if point.batch == batch and time.perf_counter() < deadline:
+                start = time.perf_counter()
+                run = models[point.model].compiled(point)
+                compiled[point] = run, time.perf_counter() - start
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(compile_batch, dict.fromkeys(point.batch for point in points)))
+    return compiled
+
+
 def points_of(args, models, memory):
     """Lists the points that fit in `memory` bytes beside the weights, in the order of --batches."""
 
     def most(name, context, fold):
         size = int(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "")))
-        # Whole groups of eight where there are any.
-        return size if size < 8 else size // 8 * 8
+        # 2ⁿ or 3 · 2ⁿ⁻¹: each batch size tunes its own matrix products.
+        power = 1 << max(size, 1).bit_length() - 1
+        return 0 if size < 1 else power * 3 // 2 if size >= power * 3 // 2 else power
 
     points = []
     for batch, context, fold, attention in itertools.product(args.batches, args.contexts, args.fold, args.attention):
@@ -270,12 +287,6 @@ def clock_of(point):
     length_B = jnp.full(point.batch, point.context - point.fold, jnp.int32)
     none_B = jnp.zeros(point.batch, jnp.int32)
     return caches.Clock(length_B, none_B, jnp.zeros_like(none_B), jnp.int32(0), jnp.int32(0))
-
-
-def timed(function, *arguments):
-    """Returns (result, seconds)."""
-    start = time.perf_counter()
-    return function(*arguments), time.perf_counter() - start
 
 
 def measure(model, compiled, weights, point):

@@ -1,0 +1,69 @@
+"""The decode benchmark on a CPU: that it runs, fits batches to memory, and counts its bound."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from rattn import accounting
+from scripts import bench_decode, plot_decode
+
+
+def test_it_times_a_point_and_draws_it(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "decode.json"
+    line = ["--recipe", "tests/recipes/miniature.py", "--models", "rattention:8", "--contexts", "24", "--batches", "2"]
+    line += ["--fold", "4", "--copy_gib", "0.001", "--memory_gib", "1", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_decode", *line])
+    bench_decode.main()
+    (point,) = json.loads(out.read_text())["points"]
+    assert (point["model"], point["context"], point["batch"], point["fold"]) == ("rattention:8", 24, 2, 4)
+    assert point["tokens_per_second"] == pytest.approx(2e3 / point["milliseconds"]["median"])
+    assert "rattention:8, context 24, batch 2, C = 4, xla: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
+    plot_decode.main()
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def models():
+    names = ("swa:4096", "rattention:512")
+    return {name: bench_decode.Model("configs/rattn_3b.py", name, "float32") for name in names}
+
+
+def test_the_largest_batches_fit(models):
+    args = argparse.Namespace(batches=["32", "max"], contexts=[4096, 65536], fold=[16], attention=["xla"])
+    points = bench_decode.points_of(args, models, memory=68 * 2**30)
+    for point in points:
+        assert models[point.model].bytes_beside_weights(point) <= 0.95 * 68 * 2**30
+
+    def most(name, context):
+        return max(point.batch for point in points if (point.model, point.context) == (name, context))
+
+    # 448 MiB of keys and values against 154 MiB and the state.
+    assert most("swa:4096", 4096) == 128
+    assert most("rattention:512", 4096) == 256
+    assert bench_decode.Point("rattention:512", 4096, 128, 16, "xla") in points
+    assert bench_decode.Point("swa:4096", 65536, 24, 16, "xla") in points
+
+
+def test_bound_bytes_by_hand(models):
+    model, point = models["rattention:512"], bench_decode.Point("rattention:512", 4096, 32, 16, "xla")
+    matrices = 56 * (2048 * (16 + 8) * 128 + 16 * 128 * 2048 + 3 * 2048 * 6656) + 131072 * 2048
+    token = 2 * 4 * 128 * 2
+    sequence = 14 * 4096 * token + 42 * 512 * token + 56 * token + 42 * 4 * 256 * 128 * 4 * (1 + 2 / 16)
+    assert model.bound_bytes(point) == 2 * matrices + 32 * sequence
+    parts = accounting.decode_bytes(model.model, model.spec, 4096, fold_tokens=16)
+    assert parts["weights"] == 2 * matrices
+
+
+def test_figure_7_compares_like_with_like(models):
+    def found(name, milliseconds, batch=32):
+        point = {"model": name, "context": 4096, "batch": batch, "fold": 16, "attention": "xla"}
+        return point | {"milliseconds": {"median": milliseconds}}
+
+    entries = [found("rattention:512", 6.0), found("swa:4096", 8.0), found("rattention:512", 1.0, batch=1)]
+    (gain,) = bench_decode.figure_7(models, entries, 3e12, 989e12)
+    assert gain["measured"] == 0.25
+    # Weights 6.3 GB; caches of 32 sequences: 15 GB against 5.9 GB with the states.
+    assert gain["formula"] == pytest.approx(0.42, abs=0.02)
