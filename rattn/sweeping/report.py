@@ -6,7 +6,7 @@ import html
 import io
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rattn.accounting import readable_bytes, readable_count
@@ -171,8 +171,10 @@ def _table(group: Group, epsilon: float | None) -> str:
     rows = []
     for variant in group.variants:
         compared = compare(variant, full, epsilon) if full and variant is not full else None
-        recall = variant.mean(recall_beyond(variant.window or 0))
-        excess = variant.mean(loss) - full.mean(loss) if full and variant is not full else None
+        recall = recall_beyond(variant.window or 0)
+        loss_excess, recall_excess = (
+            _excess(variant, full, measure) if full and variant is not full else None for measure in (loss, recall)
+        )
         rows.append(
             [
                 html.escape(variant.label),
@@ -180,9 +182,9 @@ def _table(group: Group, epsilon: float | None) -> str:
                 f"{variant.mean(loss):.4f}",
                 _number(variant.spread(loss), ".4f"),
                 f"{variant.mean(bits_per_byte):.4f}",
-                _number(excess, "+.4f"),
-                _number(recall, ".4f"),
-                _number(compared and compared.recall_excess, "+.4f"),
+                _number(loss_excess, "+.4f"),
+                _number(variant.mean(recall), ".4f"),
+                _number(recall_excess, "+.4f"),
                 ("yes" if compared.within else "no") if compared else NO_FIGURE,
                 readable_bytes(variant.mean(lambda run: run.cache_bytes)),
                 _number(_step_ms(variant), ".1f"),
@@ -196,6 +198,11 @@ def _table(group: Group, epsilon: float | None) -> str:
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _excess(variant: Variant, full: Variant, measure: Callable[[Run], float | None]) -> float | None:
+    ours, theirs = variant.mean(measure), full.mean(measure)
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def _step_ms(variant: Variant) -> float | None:
