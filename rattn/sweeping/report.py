@@ -161,7 +161,7 @@ def _budget(group: Group) -> str:
     said = " to ".join(readable_count(value) for value in dict.fromkeys((tokens[0], tokens[-1])))
     passes = " to ".join(f"{value:g}" for value in dict.fromkeys((epochs[0], epochs[-1])))
     epochs_said = f": {passes} passes over the training text" if epochs[-1] else ""
-    return f"{len(group.runs)} runs, each trained on {said} tokens{epochs_said}."
+    return f"{_runs(len(group.runs))}, each trained on {said} tokens{epochs_said}."
 
 
 def _table(group: Group, epsilon: float | None) -> str:
@@ -224,7 +224,7 @@ def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Window sweep: {html.escape(name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f"<header><h1>Window sweep: {html.escape(name)}</h1><p class=soft>{len(results)} runs · {today}</p></header>"
+        f"<header><h1>Window sweep: {html.escape(name)}</h1><p class=soft>{_runs(len(results))} · {today}</p></header>"
         f"{''.join(f'<p class=soft>{html.escape(fact)}</p>' for fact in facts)}{''.join(sections)}{failed}"
         '<p class="soft">The window W counts the query itself. Spread is the sample standard deviation over seeds. '
         "Recall tokens: see <code>rattn/evaluation/recall.py</code>. All figures: <code>results.csv</code>.</p>"
@@ -251,6 +251,10 @@ def _facts(results: Sequence[Result]) -> list[str]:
             "differ in something else a group= of their own."
         )
     return facts
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def _slug(name: str) -> str:
