@@ -53,18 +53,18 @@ def test_ragged_prompts_and_every_token_after_them(miniature, name):
 
 
 def test_a_resumed_cache_continues_where_it_stood(miniature):
-    """Prompt, three tokens (not a multiple of C), another ragged chunk in which one row has no token, more tokens."""
+    """Prompt, seven tokens (a fold and two more), another ragged chunk in which one row has no token, more tokens."""
     mini = miniature(**MODELS["window below the prompts"])
     wanted = mini.trained(TOKENS)
     _, cache = mini.chunk(mini.decoder.empty_cache(3, 24), prefix(LENGTHS), 10)
-    cache = check_steps(mini, cache, LENGTHS, 3, wanted)
-    middle, end = (8, 12, 4), (8, 18, 9)
+    cache = check_steps(mini, cache, LENGTHS, 7, wanted)
+    middle, end = (12, 16, 8), (12, 20, 14)
     rows = [TOKENS[row, a:b].tolist() for row, (a, b) in enumerate(zip(middle, end, strict=True))]
     logits, cache = mini.chunk(cache, rows, 10)
     for row, (a, b) in enumerate(zip(middle, end, strict=True)):
         if a < b:
             assert_close(logits[row], wanted[row, a:b])
-    check_steps(mini, cache, end, 5, wanted)
+    check_steps(mini, cache, end, 4, wanted)
 
 
 def test_a_prompt_may_be_cut_anywhere(miniature):
@@ -84,9 +84,9 @@ def test_a_prompt_may_be_cut_anywhere(miniature):
 
 
 def test_packed_history_stays_out(miniature):
-    """Documents end inside the first chunk, at a cut, and inside the second; decoding goes on in the last."""
+    """Documents end inside the first chunk, at a cut, and one token before the last cut; decoding goes on in the last."""
     mini = miniature(**MODELS["window below the prompts"])
-    segments = np.array([[1] * 4 + [2] * 20, [1] * 2 + [2] * 8 + [3] * 14, [1] * 13 + [2] * 11], np.int32)
+    segments = np.array([[1] * 4 + [2] * 20, [1] * 2 + [2] * 8 + [3] * 14, [1] * 19 + [2] * 5], np.int32)
     wanted = mini.trained(TOKENS, segments)
     cache = mini.decoder.empty_cache(3, 24)
     for start in (0, 10):
