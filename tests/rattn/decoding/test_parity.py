@@ -84,7 +84,7 @@ def test_a_prompt_may_be_cut_anywhere(miniature):
 
 
 def test_packed_history_stays_out(miniature):
-    """Documents end inside the first chunk, at a cut, and one token before the last cut; decoding goes on in the last."""
+    """Documents end inside the first chunk, at a cut, and a token before the last cut; decoding goes on in the last."""
     mini = miniature(**MODELS["window below the prompts"])
     segments = np.array([[1] * 4 + [2] * 20, [1] * 2 + [2] * 8 + [3] * 14, [1] * 19 + [2] * 5], np.int32)
     wanted = mini.trained(TOKENS, segments)
