@@ -104,6 +104,10 @@ class _Points:
         arguments = {key: value for key, value in whole.items() if "." not in key and self._is_argument(key, value)}
         overrides = {key: value for key, value in whole.items() if key not in arguments}
         name = name or _name(settings)
+        if re.search(r"[^\w.+-]", name):
+            raise UserError(
+                f"The point name {name!r} is to name a folder; use letters, digits and any of . _ + - alone."
+            )
         if name in self.points:
             raise UserError(f"The sweep has two points called {name!r}; give one of them another name=.")
         if init_from and init_from not in self.points:

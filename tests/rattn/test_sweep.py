@@ -139,6 +139,7 @@ def test_identity_is_of_the_run_and_not_of_where_it_lies(sweep_of):
         ("add(window='x')", r"Recipe argument 'window' takes int, got 'x'"),
         ("add(mixer='swa', window=0)", r"The point 'swa-window0' cannot be resolved: config.model.window is 0"),
         ("add(window=4); add(window=4)", r"two points called 'window4'"),
+        ("add(window=4, name='a/b')", r"The point name 'a/b' is to name a folder"),
         ("add(window=4); add(window=4, name='b')", r"'window4' and 'b' resolve to the same config"),
         ("add(init_from='trunc')", r"starts from 'trunc' and no point before it is called so"),
         ("pass", r"adds no points"),
