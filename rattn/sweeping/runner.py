@@ -117,7 +117,11 @@ class Runner:
                 seconds["evaluate"] = self._run(point, "evaluate", lock)
                 if not self._evaluated(point):
                     log = str(self.results.point_folder(point.name) / "evaluate.log")
-                    raise _Failed("evaluate", "rattn.evaluate ended well and left no evaluation of the last step.", log)
+                    reason = (
+                        "rattn.evaluate left no evaluation of the config's last step; delete the point's folder to run "
+                        "it anew."
+                    )
+                    raise _Failed("evaluate", reason, log)
             return self.results.collect(point, seconds, point.config.total_steps - first_step)
 
     def _train(self, point: Point, lock: int) -> float | None:
@@ -209,7 +213,20 @@ class Runner:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _Busy from None
+            self._claim(point, folder)
             yield file.fileno()
+
+    def _claim(self, point: Point, folder: pathlib.Path) -> None:
+        """Ties the folder to the point's config: another one's checkpoints would be continued without a word."""
+        path = folder / "identity"
+        held = path.read_text() if path.exists() else point.identity
+        if held != point.identity:
+            reason = (
+                f"The folder {folder} holds a run of another config ({held}, this is {point.identity}); delete it, or "
+                "give the point another name."
+            )
+            raise _Failed("train", reason, str(path))
+        path.write_text(point.identity)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -289,6 +289,17 @@ def test_a_point_that_another_process_is_at_is_left_to_it(sweep_of, run, tmp_pat
     assert run(sweep)[0] == 0
 
 
+def test_a_folder_of_another_config_is_not_continued(sweep_of, run):
+    """Settings that changed under the same name: the old run's checkpoints must not be taken for a beginning."""
+    before = sweep_of("def sweep(add):\n    add(name='a', window=4)\n")
+    assert run(before, "train:a:restart")[0] == 75
+    after = sweep_of("def sweep(add):\n    add(name='a', window=8)\n")
+    status, results, calls = run(after)
+    assert (status, calls) == (1, [])
+    assert "holds a run of another config" in results.failures()[0]["reason"]
+    assert run(before)[0] == 0
+
+
 def test_a_launcher_must_have_a_place_for_the_command():
     where = {"stage": "train", "name": "a", "workdir": "/w"}
     filled = runner_module.fill_launcher("ssh {name} 'cd {workdir} && {command}'", ["python", "-m", "x y"], **where)
