@@ -22,7 +22,7 @@ class Miniature:
         config = load_config("configs/base.py")
         config.model.update(width=16, layers=5, query_heads=4, kv_heads=2, head_dim=4, mlp_width=24, vocab_size=11)
         config.model.update(
-            pattern=("rattention", "swa", "linear", "full"), rope_pattern=(True, True, False, False), window=3
+            pattern=("rattention", "swa", "linear", "full"), rope_pattern=(True, True, False, True), window=3
         )
         config.model.update(changes)
         self.model = validate(config).model

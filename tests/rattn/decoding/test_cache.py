@@ -58,31 +58,36 @@ def test_a_step_copies_no_cache_and_no_state(miniature):
     assert memory.alias_size_in_bytes >= sum(leaf.size * 4 for leaf in jax.tree.leaves(cache.layers))
 
 
-def test_sharded_decoding_equals_unsharded(miniature):
+def test_sharded_decoding_equals_training_on_one_device():
+    mini = Miniature(5, sharding=on_devices(4, 2), vocab_size=12, layers=2, **TWO_MIXERS)
     rows = [TOKENS[row % 3, : 3 + row].tolist() for row in range(8)]
-    found = []
-    for sharding in (on_devices(1, 1), on_devices(4, 2)):
-        mini = Miniature(5, sharding=sharding, vocab_size=12, layers=2, **TWO_MIXERS)
-        logits, cache = mini.chunk(mini.decoder.empty_cache(8, 24), rows, 10)
-        tokens, cache = mini.decoder.sample(
-            mini.weights, cache, TOKENS[:, 12].repeat(3)[:8], jax.random.key(0), 0, Sampling()
-        )
-        found.append(jax.tree.map(np.asarray, (np.concatenate(logits), cache.layers, tokens)))
+    logits, cache = mini.chunk(mini.decoder.empty_cache(8, 24), rows, 10)
+    given = np.array([TOKENS[row % 3, 3 + row] for row in range(8)])
+    sampled, cache = mini.decoder.sample(mini.weights, cache, given, jax.random.key(0), 0, Sampling(0.0))
     # 4 devices along the sequences, 2 along the heads: an eighth of every array on each.
     for leaf in jax.tree.leaves(cache.layers):
         assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
-    for one, other in zip(jax.tree.leaves(found[0][:2]), jax.tree.leaves(found[1][:2]), strict=True):
-        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())
-    np.testing.assert_array_equal(found[1][2], found[0][2])
+    whole = np.zeros((8, 24), np.int32)
+    for row, tokens in enumerate(rows):
+        whole[row, : len(tokens) + 6] = [*tokens, given[row], *np.asarray(sampled)[row].tolist()]
+    wanted = mini.trained(whole)
+    for row, tokens in enumerate(rows):
+        n = len(tokens)
+        np.testing.assert_allclose(logits[row], wanted[row, :n], rtol=0, atol=1e-5 * np.abs(wanted).max())
+        best = np.sort(wanted[row, n : n + 5], axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4 * np.abs(wanted).max()
+        assert wanted[row, n : n + 5].argmax(axis=-1).tolist() == np.asarray(sampled)[row].tolist()
 
 
 def test_what_does_not_fit_gets_a_sentence(miniature):
-    mini, wide = miniature(fold_tokens=5), miniature(fold_tokens=1, window=40, feature_map="relu", qk_norm=False)
+    mini = miniature(fold_tokens=5)
     cache = mini.decoder.empty_cache(3, 8)
+    wide = mini.model.copy_and_resolve_references()
+    wide.window = 40
     with pytest.raises(UserError, match=r"sequence to 9 tokens and the cache was allocated for 8; allocate a longer"):
         mini.decoder.prefill(mini.weights, cache, TOKENS[:, :9])
     with pytest.raises(UserError, match=r"allocated for a window of 3 and this decoder has 40; allocate another"):
-        wide.decoder.step(wide.weights, cache, TOKENS[:, 0])
+        Decoder(wide, on_devices(1, 1)).step(mini.weights, cache, TOKENS[:, 0])
     with pytest.raises(UserError, match=r"There are 2 rows of tokens and the cache was allocated for 3 sequences"):
         mini.decoder.step(mini.weights, cache, TOKENS[:2, 0])
     with pytest.raises(UserError, match=r"multiple of the 8 devices"):
