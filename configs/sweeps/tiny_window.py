@@ -12,7 +12,8 @@ COMMON = {
     # rattn.evaluate measures the finished model anyway.
     "evaluation.final_max_batches": 1,
 }
-EVALUATION = ("--lengths=1,2", "--max_tokens=65536")
+# Tokens are bytes here, so two of them before a third recall nothing.
+EVALUATION = ("--lengths=1,2", "--max_tokens=65536", "--recall_context_tokens=6")
 
 
 def sweep(add):

@@ -92,6 +92,11 @@ def recall_beyond(window: int) -> Callable[[Run], float | None]:
     return lambda run: weighted(bin for bin in run.own["recall_by_distance"] if bin["first"] > window)
 
 
+def recall_targets_beyond(window: int, run: Run) -> int:
+    """How many tokens `recall_beyond` averages over."""
+    return sum(bin["targets"] for bin in run.own["recall_by_distance"] if bin["first"] > window)
+
+
 def weighted(bins: Any, key: str = "nats_per_token") -> float | None:
     """Mean of bins by their targets; None where there are none."""
     filled = [bin for bin in bins if bin["targets"]]

@@ -2,14 +2,18 @@
 
 import dataclasses
 
-from rattn.sweeping.summary import Group, Variant, loss, recall_beyond
+from rattn.sweeping.summary import Group, Variant, loss, recall_beyond, recall_targets_beyond
+
+# Fewer recall tokens than this are named in the verdict, for their loss is a matter of chance.
+FEW_TARGETS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A variant against full attention, in nats a token; a recall of None: nothing lies beyond the window.
 
-    `loss_excess` and `recall_excess` are the variant's mean minus full attention's, the epsilons what counts as equal.
+    `loss_excess` and `recall_excess` are the variant's mean minus full attention's, the epsilons what counts as equal;
+    `recall_targets` recall tokens lie beyond the window.
     """
 
     variant: Variant
@@ -17,6 +21,7 @@ class Comparison:
     loss_epsilon: float
     recall_excess: float | None
     recall_epsilon: float | None
+    recall_targets: int
 
     @property
     def within(self) -> bool:
@@ -28,6 +33,7 @@ class Comparison:
         recall = "nothing to recall beyond the window"
         if self.recall_excess is not None:
             recall = f"recall beyond the window {_against(self.recall_excess, self.recall_epsilon)}"
+            recall += f" on {self.recall_targets:,} tokens" if self.recall_targets < FEW_TARGETS else ""
         return f"loss {_against(self.loss_excess, self.loss_epsilon)}, {recall}"
 
 
@@ -45,6 +51,7 @@ def compare(variant: Variant, full: Variant, epsilon: float | None) -> Compariso
         loss_epsilon=epsilons[0],
         recall_excess=ours - theirs if both else None,
         recall_epsilon=epsilons[1] if both else None,
+        recall_targets=recall_targets_beyond(variant.window or 0, variant.runs[0]),
     )
 
 
