@@ -144,7 +144,9 @@ class Decoder:
         x_BTD = self._embed(weights["model"], tokens_BT)
         kept = []
         for layer, w, layer_cache in zip(self.layers, weights["layers"], cache.layers, strict=True):
-            run = self.compiled("prefill_layer", cache.layout, layer, history)
+            # The others are compiled once for all lengths.
+            slots = history if layer.kind == "full" else 0
+            run = self.compiled("prefill_layer", cache.layout, layer, slots)
             x_BTD, layer_cache = run(w, layer_cache, chunk, x_BTD)
             kept.append(layer_cache)
         return x_BTD, Cache(tuple(kept), chunk.after, cache.layout)

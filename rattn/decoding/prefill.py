@@ -86,8 +86,8 @@ def prefill_layer(
       layer: which.
       layout: of the cache.
       operators: training's attention.
-      history: at least as many slots as any sequence has tokens in the cache, at most its capacity; a full layer reads
-        no others.
+      history: slots that a full layer reads: as many as any sequence has tokens in the cache, or more. Other layers
+        read their whole ring.
       weights: the layer's.
       cache: the layer's.
       chunk: where the tokens stand.
