@@ -65,7 +65,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     model.compute_dtype = "float32"
     # What the backward pass recomputes: "none"; "block", each repeat of the pattern from its input; "save_attention",
     # all of it but attention; "save_products", nothing but what is elementwise: norms, rotations, activations;
-    # "offload", as "block", with the inputs kept in the host's memory (TPU).
+    # "save_operands", activations alone; "offload", as "block", with the inputs kept in the host's memory (TPU).
     model.remat = "none"
     # The repeats of the pattern are one scanned body, compiled once whatever the depth. False compiles every layer for
     # itself, which takes longer and spares a GPU the copies of what the backward pass needs.
@@ -82,7 +82,7 @@ def get_config(arguments: str = "") -> ConfigDict:
     # and need no files.
     data.source = "stream"
     data.path = "data/state_of_the_union"
-    # What rattn.prepare is asked for when `path` is missing.
+    # What rattn.prepare is asked for when `path` is missing. Without a task (""), any prepared `path` will do.
     data.task = "state_of_the_union"
     data.module = ""
     data.files = ""

@@ -152,12 +152,15 @@ def _kept_bytes(config: ConfigDict, mesh: Mapping[str, int]) -> float:
         return tokens * itemsize * layer_activations(model) / mesh["model"] * model.layers
     stream = 0 if model.remat == "offload" else model.width * model.layers / len(model.pattern)
     saved = 0.0
-    if model.remat in ("save_attention", "save_products"):
+    if model.remat in ("save_attention", "save_products", "save_operands"):
         outputs = sum(2 if kind == "rattention" else 1 for kind in layer_kinds(model))
         saved += outputs * model.query_heads * model.head_dim
-    if model.remat == "save_products":
+    if model.remat in ("save_products", "save_operands"):
         projections = (model.query_heads + 2 * model.kv_heads) * model.head_dim
         saved += model.layers * (projections + 2 * model.mlp_width + 2 * model.width)
+    if model.remat == "save_operands":
+        rotated = (model.query_heads + model.kv_heads) * model.head_dim
+        saved += model.layers * (rotated + model.query_heads * model.head_dim + 2 * model.width)
     return tokens * itemsize * (stream + saved / mesh["model"])
 
 

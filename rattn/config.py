@@ -29,7 +29,7 @@ CHOICES = {
     "model.activation": ("gelu", "silu"),
     "model.feature_map": FEATURE_MAPS,
     "model.compute_dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block", "save_attention", "save_products", "offload"),
+    "model.remat": ("none", "block", "save_attention", "save_products", "save_operands", "offload"),
     "optimizer.name": ("adamw", "rmsprop", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd"),
 }

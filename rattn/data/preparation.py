@@ -46,7 +46,12 @@ class Request:
         return [*line, "--files", *self.files] if self.files else line
 
     def check_same(self, prepared: Prepared) -> None:
-        """Raises UserError if `prepared` was made from another request. (Vocabularies are compared by their ids.)"""
+        """Raises UserError if `prepared` was made from another request. (Vocabularies are compared by their ids.)
+
+        A request without a task takes anything.
+        """
+        if not self.task:
+            return
         made = prepared.manifest["arguments"]
         for key, value in dataclasses.asdict(self).items():
             value = list(value) if isinstance(value, tuple) else value
@@ -72,7 +77,7 @@ def ensure_prepared(data_config: ConfigDict) -> None:
     """Prepares what `config.data` names, in a subprocess, if it is not there; one process of a run calls it.
 
     Raises:
-      UserError: the preparation failed (it has said why), or the folder holds another one.
+      UserError: the preparation failed (it has said why), or the folder holds another one, or none and no task.
     """
     if data_config.source != "stream":
         return
@@ -80,6 +85,11 @@ def ensure_prepared(data_config: ConfigDict) -> None:
     if (epath.Path(data_config.path) / MANIFEST_FILE).exists():
         request.check_same(Prepared(data_config.path))
         return
+    if not request.task:
+        raise UserError(
+            f"config.data.path is {str(data_config.path)!r}, which holds no prepared data, and config.data.task is "
+            "empty; name a folder that rattn.prepare wrote, or a task."
+        )
     # A subprocess, so that neither TensorFlow nor seqio is ever imported here; the accelerators stay this process's.
     command = [sys.executable, "-m", "rattn.prepare", *request.command_line(data_config.path)]
     done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)

@@ -118,3 +118,26 @@ def _float32_product_backward(equation: str, operands: tuple, cotangent: jax.Arr
 
 
 float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+
+
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns table_VD[tokens], [*tokens.shape, D].
+
+    Its gradient is added up in float32 and rounded once to the table's dtype: in bfloat16 the sum over a frequent token
+    would stop growing, and a GPU adds float32 in place faster.
+    """
+    return table_VD[tokens]
+
+
+def _look_up_forward(table_VD: jax.Array, tokens: jax.Array) -> tuple[jax.Array, tuple]:
+    return look_up(table_VD, tokens), (table_VD, tokens)
+
+
+def _look_up_backward(residuals: tuple, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, tokens = residuals
+    gradient = jnp.zeros(table_VD.shape, jnp.float32).at[tokens].add(cotangent.astype(jnp.float32))
+    return gradient.astype(table_VD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)

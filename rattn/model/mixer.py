@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from rattn.model.layers import RMSNorm, matrix_init, residual_gain, rope
 from rattn.model.operators import Operators
+from rattn.model.remat import OPERAND
 
 
 class Mixer(nnx.Module):
@@ -63,6 +65,7 @@ class Mixer(nnx.Module):
             if self.rope_theta is not None:
                 positions = jnp.arange(x_BTD.shape[1])
                 q, k = rope(q, positions, self.rope_theta), rope(k, positions, self.rope_theta)
+            q, k = checkpoint_name(q, OPERAND), checkpoint_name(k, OPERAND)
             softmax_BTNH = self._softmax(q, k, v_BTKH, segments)
         if self.has_linear:
             q, k = (q_normed, k_normed) if self.feature_map_after_qk_norm else (q_BTNH, k_BTKH)
@@ -78,7 +81,7 @@ class Mixer(nnx.Module):
             normed.append(self.softmax_norm(softmax_BTNH) if self.has_linear else softmax_BTNH)
         if linear_BTNH is not None:
             normed.append(self.linear_norm(linear_BTNH))
-        o_BTNH = sum(normed[1:], normed[0])
+        o_BTNH = checkpoint_name(sum(normed[1:], normed[0]), OPERAND)
         return jnp.einsum("btnh,nhd->btd", o_BTNH, self.out_NHD[...].astype(o_BTNH.dtype))
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

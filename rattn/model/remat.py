@@ -11,6 +11,7 @@ from kernels_pallas.residual_linear_attention import CHECKPOINT_NAME
 # Names under which the model and softmax attention offer values to a policy.
 ATTENTION_OUTPUT = "attention_output"
 RESIDUAL_STREAM = "residual_stream"
+OPERAND = "operand"
 
 
 def rematerialised(function: Callable, remat: str, *, scanned: bool) -> Callable:
@@ -18,7 +19,8 @@ def rematerialised(function: Callable, remat: str, *, scanned: bool) -> Callable
 
     "none" keeps every intermediate; "block" keeps x_BTD; "save_attention" keeps what attention's kernels wrote too, so
     that they do not run again; "save_products" keeps the results of weight matrices as well, so that only elementwise
-    work does; "offload" keeps x_BTD in the host's memory.
+    work does; "save_operands" also what matrices and attention read, but for the activations in the feed-forward;
+    "offload" keeps x_BTD in the host's memory.
 
     Args:
       function: what is recomputed as a whole.
@@ -31,10 +33,12 @@ def rematerialised(function: Callable, remat: str, *, scanned: bool) -> Callable
     attention = policies.save_from_both_policies(
         policies.save_only_these_names(ATTENTION_OUTPUT, CHECKPOINT_NAME), _nameless_kernels
     )
+    products = policies.save_from_both_policies(attention, policies.dots_with_no_batch_dims_saveable)
     policy = {
         "block": None,
         "save_attention": attention,
-        "save_products": policies.save_from_both_policies(attention, policies.dots_with_no_batch_dims_saveable),
+        "save_products": products,
+        "save_operands": policies.save_from_both_policies(products, policies.save_only_these_names(OPERAND)),
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[RESIDUAL_STREAM],

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from rattn.model.layers import GatedMLP, RMSNorm, float32_product, matrix_init
+from rattn.model.layers import GatedMLP, RMSNorm, float32_product, look_up, matrix_init
 from rattn.model.mixer import Mixer
 from rattn.model.operators import Operators
-from rattn.model.remat import rematerialised
+from rattn.model.remat import OPERAND, rematerialised
 
 
 class Layer(nnx.Module):
@@ -23,8 +24,8 @@ class Layer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
         """Returns [B, T, D] in x's dtype."""
-        x_BTD = x_BTD + self.mixer(self.mixer_norm(x_BTD), segment_ids_BT)
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = x_BTD + self.mixer(checkpoint_name(self.mixer_norm(x_BTD), OPERAND), segment_ids_BT)
+        x_BTD = x_BTD + self.mlp(checkpoint_name(self.mlp_norm(x_BTD), OPERAND))
         return self.constrain(x_BTD, "batch", "length", None)
 
 
@@ -85,7 +86,7 @@ class Transformer(nnx.Module):
         """Returns the normed x_BTD in the compute dtype, from int32 tokens and document ids (None: one a row)."""
         # Whole in D on every device: a look-up of tokens in slices of D would move the tokens' activations instead.
         embedding_VD = self.constrain(self.embedding_VD[...].astype(self.compute_dtype), "vocab", None)
-        x_BTD = embedding_VD[tokens_BT] * jnp.asarray(embedding_VD.shape[1] ** 0.5, self.compute_dtype)
+        x_BTD = look_up(embedding_VD, tokens_BT) * jnp.asarray(embedding_VD.shape[1] ** 0.5, self.compute_dtype)
         x_BTD = self.constrain(x_BTD, "batch", "length", None)
         graph, stacked = nnx.split(self.blocks)
 

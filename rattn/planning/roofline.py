@@ -114,6 +114,7 @@ def forwards_again(model: ConfigDict, part: str) -> int:
         "none": ("matrices", "softmax", "linear"),
         "save_attention": ("softmax", "linear"),
         "save_products": ("matrices", "softmax", "linear"),
+        "save_operands": ("matrices", "softmax", "linear"),
     }
     return int(part not in spared.get(model.remat, ()))
 

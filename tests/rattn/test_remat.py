@@ -43,7 +43,7 @@ def kept(remat):
     return [tuple(map(int, found[1].split(","))) for line in lines if (found := re.match(r"\w+\[([\d,]+)\]", line))]
 
 
-@pytest.mark.parametrize("remat", ["block", "save_attention", "save_products", "offload"])
+@pytest.mark.parametrize("remat", ["block", "save_attention", "save_products", "save_operands", "offload"])
 def test_gradients_are_those_without_remat(remat):
     for path, wanted in gradients("none").items():
         got = gradients(remat)[path]
@@ -58,7 +58,7 @@ def test_blocks_that_are_not_scanned_have_the_same_gradients():
 
 def test_policies_keep_what_they_say():
     stream, attention, hidden = (1, 2, T, 16), (1, 2, T, 4, 8), (1, 2, T, 24)
-    shapes = {remat: kept(remat) for remat in ("none", "block", "save_attention", "save_products")}
+    shapes = {remat: kept(remat) for remat in ("none", "block", "save_attention", "save_products", "save_operands")}
     assert hidden in shapes["none"]
     assert stream in shapes["block"]
     assert attention not in shapes["block"]
@@ -69,4 +69,8 @@ def test_policies_keep_what_they_say():
     # Gate and up of each layer, and not their product.
     assert shapes["save_products"].count(attention) >= 3
     assert shapes["save_products"].count(hidden) == 2 * 2
+    assert shapes["save_operands"].count(hidden) == 2 * 2
     assert shapes["none"].count(hidden) > 2 * 2
+    # The two norms' results of each layer, the rotated queries, and the merged branches of one.
+    assert shapes["save_operands"].count(stream) == shapes["save_products"].count(stream) + 2 * 2
+    assert shapes["save_operands"].count(attention) == shapes["save_products"].count(attention) + 2 + 1
