@@ -21,7 +21,7 @@ def test_the_gradient_of_a_frequent_token_does_not_stop_growing():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_float32_product_rounds_its_cotangent_once(dtype):
-    """Float32 operands lose nothing; bfloat16 ones meet the cotangent rounded to bfloat16, and the result is rounded."""
+    """Float32 operands lose nothing; bfloat16 ones meet the cotangent rounded to bfloat16; results are rounded."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((2, 5, 16), (7, 16), (2, 5, 7))
     a, b, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))

@@ -234,7 +234,7 @@ def test_without_a_task_any_prepared_folder_will_do(books, tmp_path):
     taken = open_by_hand(books, task="", vocabulary="nowhere.model", validation_fraction=0.5)
     assert taken.fingerprint == open_by_hand(books).fingerprint
     ensure_prepared(data_config(books, task=""))
-    with pytest.raises(UserError, match=r"data.path is '.*nowhere', which holds no prepared data, and config.data.task"):
+    with pytest.raises(UserError, match=r"data.path is '.*nowhere', which holds no prepared data"):
         ensure_prepared(data_config(tmp_path / "nowhere", task=""))
 
 
