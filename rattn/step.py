@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from rattn.accumulation import accumulated
 from rattn.model.loss import cross_entropy_sum, token_losses
 from rattn.model.parameters import ModelSpec
 
@@ -56,8 +57,8 @@ def make_train_step(
     def train_step(state: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
         parameters = state["parameters"]
         num_targets = jnp.maximum(batch["loss_mask"].sum().astype(jnp.float32), 1.0)
-        gradients, loss = _accumulate(
-            lambda microbatch: gradient(parameters, microbatch, num_targets), batch, config.accumulation_steps
+        gradients, loss = accumulated(
+            lambda working, microbatch: gradient(working, microbatch, num_targets), parameters, batch, config, spec
         )
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -98,24 +99,6 @@ def make_token_loss_step(spec: ModelSpec, chunk_tokens: int) -> Callable[[Tree, 
         return token_losses(model, x_BTD, batch["targets"], chunk_tokens=chunk_tokens)
 
     return token_loss_step
-
-
-def _accumulate(
-    gradient: Callable[[Batch], tuple[Tree, jax.Array]], batch: Batch, steps: int
-) -> tuple[Tree, jax.Array]:
-    """Sums gradients and losses over microbatches; row i goes to microbatch i mod steps, so it stays on its device."""
-    if steps == 1:
-        return gradient(batch)
-    microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1), batch)
-
-    def add(total: Tree, microbatch: Batch) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, total, gradient(microbatch)), None
-
-    # From zeros, so that the model is compiled once.
-    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], microbatches))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, microbatches)
-    return total
 
 
 def _keys_seen(segment_ids_BT: jax.Array, window: int) -> dict[str, jax.Array]:

@@ -123,10 +123,12 @@ def test_every_optimizer_learns_a_batch(config, name):
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_accumulation_equals_the_full_batch(config):
+@pytest.mark.parametrize("scan_blocks", [True, False])
+def test_accumulation_equals_the_full_batch(config, scan_blocks):
     batch = batch_of(4)
     whole_step, state = first_state(config)
     config.accumulation_steps = 4
+    config.model.scan_blocks = scan_blocks
     split_step, _ = first_state(config)
     whole, whole_metrics = whole_step(state, batch)
     split, split_metrics = split_step(state, batch)

@@ -1,0 +1,79 @@
+"""Gradients summed over the microbatches of a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rattn.model.parameters import ModelSpec, flatten
+from rattn.optimizer import is_matrix
+
+Tree = Any
+Gradient = Callable[[Tree, Any], tuple[Tree, jax.Array]]
+
+
+def accumulated(gradient: Gradient, parameters: Tree, batch: Any, config: ConfigDict, spec: ModelSpec) -> tuple:
+    """Sums (gradients, loss) over `config.accumulation_steps` microbatches, in float32.
+
+    Row i goes to microbatch i mod steps, so it stays on its device. Weight matrices are rounded to the compute dtype
+    once for all microbatches, as a layer would round them in each; where blocks are not scanned, their gradients are
+    added up block by block and stacked once at the end.
+
+    Args:
+      gradient: (parameters, microbatch) -> (gradients, loss).
+      parameters: float32, of `spec`'s shapes.
+      batch: tree of [B, T] arrays.
+      config: says how many microbatches, and whether blocks are scanned.
+      spec: tells weight matrices from what stays float32.
+    """
+    steps = config.accumulation_steps
+    if steps == 1:
+        return gradient(parameters, batch)
+    microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1), batch)
+    apart = not config.model.scan_blocks
+    rounded = _rounded(parameters, spec, jnp.dtype(config.model.compute_dtype))
+    working = rounded | {"blocks": _blocks(rounded["blocks"])} if apart else rounded
+
+    def of_microbatch(working: Tree, microbatch: Any) -> tuple[Tree, jax.Array]:
+        if not apart:
+            return gradient(working, microbatch)
+        # XLA sees through the stack, which the model cuts again, and through that of the gradients.
+        gradients, loss = gradient(working | {"blocks": _stack(working["blocks"])}, microbatch)
+        return gradients | {"blocks": _blocks(gradients["blocks"])}, loss
+
+    def add(total: Tree, microbatch: Any) -> tuple[Tree, None]:
+        terms = of_microbatch(working, microbatch)
+        return jax.tree.map(lambda x, term: x + term.astype(jnp.float32), total, terms), None
+
+    # From zeros, so that the model is compiled once.
+    shapes = jax.eval_shape(of_microbatch, working, jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    (gradients, loss), _ = jax.lax.scan(add, zeros, microbatches)
+    return (gradients | {"blocks": _stack(gradients["blocks"])} if apart else gradients), loss
+
+
+def _rounded(parameters: Tree, spec: ModelSpec, dtype: jnp.dtype) -> Tree:
+    """Returns the parameters with weight matrices in `dtype`."""
+    logical = flatten(spec.logical)
+    matrices = {path for path, dims in logical.items() if is_matrix(path, dims)}
+
+    def of(tree: Tree, prefix: str) -> Tree:
+        if isinstance(tree, dict):
+            return {key: of(value, f"{prefix}{key}.") for key, value in tree.items()}
+        return tree.astype(dtype) if prefix.removesuffix(".") in matrices else tree
+
+    return of(parameters, "")
+
+
+def _blocks(stacked: Tree) -> list[Tree]:
+    """Cuts a tree of stacks into the trees of their entries."""
+    leaves, structure = jax.tree.flatten(stacked)
+    parts = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    return [structure.unflatten(entry) for entry in zip(*parts, strict=True)]
+
+
+def _stack(blocks: list[Tree]) -> Tree:
+    """Undoes `_blocks`."""
+    return jax.tree.map(lambda *entries: jnp.concatenate(entries), *blocks)
