@@ -18,6 +18,9 @@ def get_config(arguments: str = "") -> ConfigDict:
     config.accumulation_steps = 1
     # Tokens a row (T). Any value slices the same prepared stream.
     config.context_length = 512
+    # On a GPU: the same bits in every run of a workdir and after a resume, by slower kernels and kept tuning choices.
+    # TPUs and CPUs give them anyway.
+    config.deterministic = False
     # A non-finite loss or gradient never reaches the weights; then "stop" ends the run, "skip" goes on.
     config.on_non_finite = "stop"
     # Workdir of a run that this one begins from ("": from nothing), until it has a checkpoint of its own.

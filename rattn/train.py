@@ -322,9 +322,9 @@ def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
 
 def main(config: ConfigDict, recipe: str) -> int:
     """Entry point behind the flags."""
-    platform.configure()
-    multihost.join()
     workdir = flags.FLAGS.workdir or f"runs/{recipe}"
+    platform.configure(epath.Path(workdir) / "compiled" if config.deterministic else None)
+    multihost.join()
     return train(config, workdir, shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]]))
 
 
