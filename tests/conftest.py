@@ -3,6 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("RATTN_TEST_PLATFORM", "cpu")
+# Several processes share a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Tests compile much and compute little.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"

@@ -19,22 +19,26 @@ STEPS = 100
 
 def start(workdir, stream_folder, *arguments, devices=1):
     """Starts `python -m rattn.train` on the miniature, warnings being errors, as a user would."""
-    environment = os.environ | {
+    environment = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "rattn.train",
-        "--config",
-        f"tests/recipes/miniature.py:steps={STEPS}",
-    ]
-    command += ["--workdir", str(workdir), f"--config.data.path={stream_folder}", *arguments]
+    data = f"--config.data.path={stream_folder}"
+    return _start(environment, ["-W", "error"], ["--workdir", str(workdir), data, *arguments])
+
+
+def start_on_gpu(workdir, *arguments):
+    """Starts the miniature on a GPU that the test's own process uses too, on synthetic documents."""
+    environment = {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return _start(environment, [], ["--workdir", str(workdir), "--config.data.source=synthetic", *arguments])
+
+
+def _start(environment, python_options, arguments):
+    recipe = f"tests/recipes/miniature.py:steps={STEPS}"
+    command = [sys.executable, *python_options, "-m", "rattn.train", "--config", recipe, *arguments]
+    environment = os.environ | environment
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -7,9 +7,11 @@ import signal
 import numpy as np
 import pytest
 
+from rattn.config import load_config
 from rattn.errors import UserError
 from rattn.train import train
-from tests.runs import STEPS, assert_same_state, finish, interrupt, lines, start
+from tests.rattn.conftest import RECIPE
+from tests.runs import STEPS, assert_same_state, finish, interrupt, lines, start, start_on_gpu
 
 
 def test_killed_and_stopped_and_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path, stream_folder, miniature):
@@ -29,6 +31,27 @@ def test_killed_and_stopped_and_resumed_equals_uninterrupted_bit_for_bit(whole, 
     note = f"killed at {killed_at}, stopped at {stopped_at}"
     assert lines(workdir) == lines(whole[0]), note
     assert_same_state(workdir, whole[0], miniature(f"steps={STEPS}"), note)
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(tmp_path):
+    """The Hopper kernels, packed documents, in bfloat16; both runs with the first one's tuning choices."""
+    arguments = ["--config.deterministic=true", "--config.context_length=256", "--config.model.head_dim=128"]
+    arguments += ["--config.model.compute_dtype=bfloat16", "--config.model.remat=save_products"]
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    status, _, err = finish(start_on_gpu(whole, *arguments))
+    assert status == 0, err
+    shutil.copytree(whole / "compiled", workdir / "compiled")
+    process = start_on_gpu(workdir, *arguments)
+    killed_at = interrupt(process, workdir, 25, 50, signal.SIGKILL)
+    finish(process)
+    status, out, err = finish(start_on_gpu(workdir, *arguments))
+    assert status == 0, err
+    assert "Continuing from step" in out
+    config = load_config(RECIPE, f"steps={STEPS}")
+    config.model.head_dim = 128
+    assert lines(workdir) == lines(whole), f"killed at {killed_at}"
+    assert_same_state(workdir, whole, config, f"killed at {killed_at}")
 
 
 def test_another_mesh_continues_with_the_same_losses(whole, tmp_path, stream_folder):
