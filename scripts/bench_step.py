@@ -26,6 +26,8 @@ from rattn.data.batches import open_data, prefetched
 from rattn.errors import UserError
 from rattn.model.parameters import initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
+from rattn.planning.collectives import by_kind, find_collectives
+from rattn.planning.roofline import network_bytes
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import batch_shapes, make_train_step
 from rattn.train import state_layout
@@ -152,7 +154,11 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     rate = statistics.mean(flops) * per_second
     device = jax.local_devices()[0]
     peak = accounting.peak_flops(device)
-    return {
+    traffic = {}
+    if sharding.mesh.size > 1:
+        traffic["collectives"] = by_kind(find_collectives(step.as_text()))
+        traffic["planned_bytes"] = network_bytes(config, spec, dict(sharding.mesh.shape), slices=1)
+    return traffic | {
         "point": point,
         "device": f"{jax.device_count()} × {device.device_kind}",
         "jax": jax.__version__,

@@ -63,10 +63,12 @@ def find_collectives(hlo: str) -> list[Collective]:
         for kind, rest in (
             (opcode, (result_type, rest)) for result_type, opcode, rest in computation.instructions.values()
         ):
-            kind = kind.removesuffix("-start")
+            started, kind = kind.endswith("-start"), kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            found = _collective(kind, *rest, scattered=name.startswith("all-reduce-scatter"))
+            # What starts an all-gather gives its operands, too, before its results.
+            operands_too = started and kind == "all-gather"
+            found = _collective(kind, *rest, operands_too, scattered=name.startswith("all-reduce-scatter"))
             if found.bytes_each:
                 result.append(dataclasses.replace(found, count=times[name]))
     return result
@@ -144,8 +146,10 @@ def _constant(computation: _Computation, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _collective(kind: str, result_type: str, rest: str, scattered: bool) -> Collective:
+def _collective(kind: str, result_type: str, rest: str, operands_too: bool, scattered: bool) -> Collective:
     arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(result_type) if dtype in ITEM_BITS]
+    if operands_too:
+        arrays = arrays[len(arrays) // 2 :]
     sizes = [math.prod(int(d) for d in dims.split(",") if d) * ITEM_BITS[dtype] / 8 for dtype, dims in arrays]
     group = 2 if kind in ("collective-permute", "send") else _group_size(rest)
     share = (group - 1) / group

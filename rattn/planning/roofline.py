@@ -193,7 +193,8 @@ def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory:
 def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], slices: int) -> dict[str, float]:
     """Bytes that one device receives in a step, by what they are and by network ("ici …", "dcn …").
 
-    As the compiled step has it: gradients are all-reduced, where a scatter would send half as much.
+    As the compiled step has it: gradients are all-reduced, where a scatter would send half as much, and every
+    microbatch gathers the weights and reduces its gradients.
     """
     model = config.model
     itemsize = accounting.compute_itemsize(model)
@@ -201,7 +202,7 @@ def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], sli
     embedding = model.vocab_size * model.width / mesh["model"]
     rows = config.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * config.context_length / mesh["seq"]
-    passes = 1 + forwards_again(model, "matrices")
+    passes, microbatches = 1 + forwards_again(model, "matrices"), config.accumulation_steps
     fsdp, seq, tensor = (_share(mesh[axis]) for axis in ("fsdp", "seq", "model"))
     inside, outside = _share(mesh["data"] // slices * mesh["seq"]), _share(slices)
     # A layer's weights are gathered forward and back. What is recomputed gathers them too, but in the last layer of a
@@ -210,10 +211,10 @@ def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], sli
     # The embedding's gradient has two parts: the look-up's, and the unembedding's in float32.
     gradients = matrices * itemsize + embedding * (itemsize + accounting.FLOAT32_BYTES)
     result = {
-        "ici weights": (gathers * matrices + embedding) * itemsize * fsdp,
-        "ici gradients": 2 * gradients * (fsdp + inside / mesh["fsdp"]),
+        "ici weights": microbatches * (gathers * matrices + embedding) * itemsize * fsdp,
+        "ici gradients": microbatches * 2 * gradients * (fsdp + inside / mesh["fsdp"]),
         "ici activations": 2 * (passes + 1) * model.layers * 2 * tensor * tokens * model.width * itemsize,
-        "dcn gradients": 2 * gradients / mesh["fsdp"] * outside,
+        "dcn gradients": microbatches * 2 * gradients / mesh["fsdp"] * outside,
     }
     kinds = accounting.layer_kinds(model)
     local = len(kinds) - kinds.count("full")

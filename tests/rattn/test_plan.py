@@ -226,6 +226,8 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %loop = (s32[], bf16[8,16]) while(%first), condition=%condition, body=%body
   %reduce = (f32[100]{0:T(128)}, /*index=1*/f32[28]{0}) all-reduce(%p, %p), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %permute = bf16[8,16]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
+  %begun = (bf16[8,16]{1,0}, bf16[8,64]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
+  %ended = bf16[8,64]{1,0} all-gather-done(%begun)
   %out = (bf16[8,16]{1,0}, u32[], token[]) send(%p), channel_id=7, is_host_transfer=true
   ROOT %r = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
 }
@@ -235,7 +237,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 def test_collectives_are_counted_through_loops():
     table = by_kind(find_collectives(HLO))
     assert table == {
-        "all-gather": {"operations": 1, "runs": 14, "bytes": 14 * 8 * 64 * 2 * 3 / 4},
+        "all-gather": {"operations": 2, "runs": 15, "bytes": 15 * 8 * 64 * 2 * 3 / 4},
         "reduce-scatter": {"operations": 1, "runs": 14, "bytes": 14 * 1024 * 64 * 4 * 3 / 4},
         "all-reduce": {"operations": 1, "runs": 1, "bytes": 2 * 128 * 4 / 2},
         "collective-permute": {"operations": 1, "runs": 1, "bytes": 8 * 16 * 2},
