@@ -119,7 +119,11 @@ def memory_by_part(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: 
     held = {name: _bytes_per_device(shapes[name], shardings[name]) for name in ("parameters", "optimizer")}
     mesh = jax.tree.leaves(shardings["parameters"])[0].mesh
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
-    rest = {"gradients": held["parameters"], "activations": _kept_bytes(config, mesh.shape)}
+    gradients = held["parameters"]
+    if config.accumulation_steps > 1:
+        # Weights rounded to the compute dtype, and the gradients of one microbatch.
+        gradients += held["parameters"] * 2 * compute_itemsize(config.model) / FLOAT32_BYTES
+    rest = {"gradients": gradients, "activations": _kept_bytes(config, mesh.shape)}
     return held | rest | {"temporaries": _temporary_bytes(config, spec, mesh.shape, slices)}
 
 
