@@ -79,6 +79,8 @@ def evaluate(
     recall = recall or usual_recall(config)
     windows = tuple(windows) or (config.model.window,)
     if not {"swa", "rattention"} & set(config.model.pattern):
+        if windows != (config.model.window,):
+            print("No layer of this model has a window, so it is evaluated once for each length.")
         windows = (None,)
     measured = measure(
         config,

@@ -1,8 +1,9 @@
 """python -m rattn.sweep --config configs/small.py --sweep configs/sweeps/window.py --workdir runs/window
 
 Trains and evaluates every point of a sweep file, and writes the report on them. The same command continues a sweep
-that was killed; nothing is done twice. Exit status: 0 every chosen point has its result, 75 some are left (a budget, a
-signal) and the command should be started again, 1 some failed.
+that was killed; nothing is done twice, and several sweeps at once in one workdir share its points out. Exit status: 0
+every chosen point has its result, 75 some are left (a budget, a signal) and the command should be started again, 1 some
+failed.
 """
 
 import json
@@ -51,7 +52,9 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         launcher=values.launcher,
         budget_seconds=values.budget_seconds,
         cut_points=values.cut_points,
+        train_alone=values.train_alone,
         delete_checkpoints=values.delete_checkpoints,
+        archive=pathlib.Path(values.archive) if values.archive else None,
     )
     table = Table([point.name for point in chosen])
     runner = Runner(sweep, results, options, table)
@@ -140,9 +143,14 @@ if __name__ == "__main__":
         "budget_seconds", 0.0, "Start no point that would not fit, and stop what overruns; 0: no limit.", lower_bound=0
     )
     flags.DEFINE_boolean("cut_points", False, "With a budget: start what does not fit too, to be continued later.")
+    flags.DEFINE_boolean(
+        "train_alone", False, "Of the sweeps in this workdir with the same CUDA_VISIBLE_DEVICES, one trains at a time."
+    )
     flags.DEFINE_boolean("delete_checkpoints", False, "Delete the checkpoints of finished points that none needs.")
     flags.DEFINE_list("merge", [], "Workdirs or archives whose results to take over.")
-    flags.DEFINE_string("archive", "", "File (.tar.xz) to pack all results into, for --merge on another machine.")
+    flags.DEFINE_string(
+        "archive", "", "File (.tar.xz) into which all results are packed as they come, for --merge elsewhere."
+    )
     flags.DEFINE_boolean("report_only", False, "Rebuild the report from the results that there are.")
     flags.DEFINE_boolean("report", True, "Write the report.")
     flags.DEFINE_float(

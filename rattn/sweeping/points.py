@@ -1,5 +1,6 @@
 """The points of a sweep: what a sweep file lists, resolved against a recipe."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -8,6 +9,7 @@ import itertools
 import json
 import pathlib
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -177,17 +179,34 @@ def load_sweep(path: str, recipe: str, config: ConfigDict) -> Sweep:
         raise UserError(f"There is no sweep file {path!r}{nearest(path, known)}; give the path of one.")
     spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _faults_named(file):
+        spec.loader.exec_module(module)
     if not hasattr(module, "sweep"):
         raise UserError(f"The sweep file {path!r} defines no function sweep(add); see configs/sweeps/tiny_window.py.")
     recipe_path, _, arguments = recipe.partition(":")
     plain = to_json(load_config(recipe_path, arguments))
     changed = [f"--config.{key}={_text(value)}" for key, _, value in differences(plain, to_json(config))]
     collected = _Points(recipe_path, arguments, changed, getattr(module, "COMMON", {}))
-    module.sweep(collected.add)
+    with _faults_named(file):
+        module.sweep(collected.add)
     if not collected.points:
         raise UserError(f"The sweep file {path!r} adds no points; call add(…) at least once.")
     return Sweep(tuple(collected.points.values()), tuple(getattr(module, "EVALUATION", ())))
+
+
+@contextlib.contextmanager
+def _faults_named(file: pathlib.Path) -> Iterator[None]:
+    """Turns an exception of the sweep file's own code into a sentence with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == file.resolve()]
+        line = lines[-1] if lines else error.lineno  # A syntax error is raised before there is a frame.
+        what = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        raise UserError(f"The sweep file {str(file)!r} fails in line {line}: {what}; mend it.") from error
 
 
 def identity(config: dict[str, Any], origin: str = "") -> str:

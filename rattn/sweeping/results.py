@@ -83,6 +83,11 @@ class Results:
         record = {"name": point.name, "identity": point.identity, "stage": stage, "reason": reason, "log": log}
         _write(self._failures / f"{point.name}.{point.identity}.json", record)
 
+    def failed_since(self, point: Point, when: float) -> bool:
+        """Whether a try of the point failed after `when`, seconds since the epoch."""
+        path = self._failures / f"{point.name}.{point.identity}.json"
+        return path.exists() and path.stat().st_mtime >= when
+
     def failures(self) -> list[dict[str, str]]:
         """What failed and has no result since."""
         return [json.loads(path.read_text()) for path in sorted(self._failures.glob("*.json"))]
@@ -118,9 +123,11 @@ class Results:
         """Packs all results into one .tar.xz for `merge` on another machine; returns how many."""
         files = sorted(self._folder.glob("*.json"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w:xz") as archive:
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with tarfile.open(unfinished, "w:xz") as archive:
             for file in files:
                 archive.add(file, f"results/{file.name}")
+        unfinished.replace(path)
         return len(files)
 
     def delete_checkpoints(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs the points of a sweep, one after another, each training and each evaluation in a process of its own."""
+"""Runs the points of a sweep, one after another, each training and each evaluation in a fresh process."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import IO
 
 from rattn.errors import UserError
 from rattn.sweeping.points import Point, Sweep, same_config
@@ -32,67 +33,76 @@ class Options:
       budget_seconds: a point that would not fit is left for later, and one that overruns is told to save and stop; 0
         sets no limit.
       cut_points: starts what does not fit too, for the next start on this machine to go on with.
+      train_alone: of the sweeps that share a workdir and see the same GPUs, one trains at a time, so that step times
+        are true; the others evaluate meanwhile, or wait.
       delete_checkpoints: frees a finished point's checkpoints once no other point needs them.
+      archive: file into which all results are packed whenever there is a new one.
     """
 
     launcher: str = ""
     budget_seconds: float = 0.0
     cut_points: bool = False
+    train_alone: bool = False
     delete_checkpoints: bool = False
+    archive: pathlib.Path | None = None
 
 
-class _Stop(Exception):
-    """The sweep is to save what runs and end with status 75."""
+class _Left(Exception):
+    """The point is not brought to its end now: (state, why) for the table."""
 
 
 class _Failed(Exception):
     """A point's command failed: (stage, reason, log)."""
 
 
-class _Busy(Exception):
-    """Another process is at work on the point."""
-
-
 class Runner:
-    """Brings points to their results."""
+    """Brings points to their results; several of them, in processes of their own, may share a workdir's points."""
 
     def __init__(self, sweep: Sweep, results: Results, options: Options, table: Table):
         self.sweep, self.results, self.options, self.table = sweep, results, options, table
         self._points = {point.name: point for point in sweep.points}
-        self._started = time.monotonic()
+        self._began, self._started = time.time(), time.monotonic()
         self._stopping = False
 
     def run(self, chosen: list[Point]) -> int:
-        """Runs what has no result; returns 0 (all done), 1 (some failed) or 75 (start again)."""
-        failed = left = 0
+        """Runs what has no result, always the first that can be run; returns 0 (all done), 1 (some failed) or 75."""
+        left, failed = list(chosen), 0
         with self._listening():
-            for point in chosen:
-                result = self.results.of(point)
-                if result:
-                    self.table.set(point.name, "done", figures(result))
-                    continue
-                if self._stopping or self._left() < 0 or not self._fits(point):
-                    left += 1
-                    self.table.set(point.name, "left", "no time for it" if not self._stopping else "")
-                    continue
-                try:
-                    result = self._run_point(point)
-                    self.table.set(point.name, "done", figures(result))
-                except _Stop:
-                    left += 1
-                    self._stopping = True
-                    self.table.set(point.name, "stopped", "saved; start the sweep again to go on")
-                except _Busy:
-                    left += 1
-                    self.table.set(point.name, "elsewhere", "another process is at work on it")
-                except _Failed as failure:
-                    failed += 1
-                    stage, reason, log = failure.args
-                    self.results.fail(point, stage, reason, log)
-                    self.table.set(point.name, "failed", f"{reason} ({log})")
-                if self.options.delete_checkpoints:
-                    self._delete_checkpoints()
+            # From the top again after each: what another process was at may be free, or have left a trunk.
+            while point := next((point for point in left if self._settle(point)), None):
+                left.remove(point)
+                failed += self.results.of(point) is None
         return EXIT_RESTART if left else EXIT_FAILED if failed else EXIT_COMPLETE
+
+    def _settle(self, point: Point) -> bool:
+        """Brings a point to its result or its failure, unless it has one; False where it is left."""
+        result = self.results.of(point)
+        if not result and self.results.failed_since(point, self._began):
+            self.table.set(point.name, "failed", "in another process of this sweep")
+            return True
+        try:
+            if not result:
+                self._check_time(point)
+                result = self._run_point(point)
+        except _Left as left:
+            self.table.set(point.name, *left.args)
+            return False
+        except _Failed as failure:
+            stage, reason, log = failure.args
+            self.results.fail(point, stage, reason, log)
+            self.table.set(point.name, "failed", f"{reason} ({log})")
+            return True
+        self.table.set(point.name, "done", figures(result))
+        if self.options.delete_checkpoints:
+            self._delete_checkpoints()
+        return True
+
+    def _check_time(self, point: Point) -> None:
+        """Raises _Left where the sweep is to end, or the point does not fit what is left of its budget."""
+        if self._stopping:
+            raise _Left("left", "")
+        if self._seconds_left() < 0 or not self._fits(point):
+            raise _Left("left", "no time for it")
 
     def commands(self, point: Point) -> dict[str, list[str]]:
         """The training and the evaluation of a point, as argument lists."""
@@ -109,6 +119,8 @@ class Runner:
         seconds: dict[str, float | None] = {"train": None, "evaluate": None}
         first_step = point.config.total_steps
         with self._locked(point) as lock:
+            if result := self.results.of(point):  # Of another process, which has just let go of the lock.
+                return result
             if not self._evaluated(point):
                 if point.trunk:
                     self._ensure_trunk(point)
@@ -122,12 +134,31 @@ class Runner:
                         "it anew."
                     )
                     raise _Failed("evaluate", reason, log)
-            return self.results.collect(point, seconds, point.config.total_steps - first_step)
+            result = self.results.collect(point, seconds, point.config.total_steps - first_step)
+        if self.options.archive:
+            self.results.write_archive(self.options.archive)
+        return result
 
     def _train(self, point: Point, lock: int) -> float | None:
         if latest_step(self.results.point_folder(point.name)) >= point.config.total_steps:
             return None
-        return self._run(point, "train", lock)
+        with self._turn(point):
+            return self._run(point, "train", lock)
+
+    @contextlib.contextmanager
+    def _turn(self, point: Point) -> Iterator[None]:
+        """Waits until no other sweep of this workdir trains on these GPUs, and keeps others from it."""
+        if not self.options.train_alone:
+            yield
+            return
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        with (self.results.workdir / f"training-{gpus}.lock").open("w") as file:
+            while not _flock(file):
+                self.table.set(point.name, "waiting", "another point is training")
+                self._check_time(point)
+                time.sleep(0.5)
+            self._check_time(point)
+            yield
 
     def _ensure_trunk(self, point: Point) -> None:
         """Trains the trunk (again) where its checkpoint is not on this machine."""
@@ -164,7 +195,7 @@ class Runner:
 
         Raises:
           _Failed: it failed; the reason is the sentence that it ended with.
-          _Stop: it was told to stop, or asked to be started again.
+          _Left: it was told to stop, or asked to be started again; so the sweep ends.
         """
         folder = self.results.point_folder(point.name)
         log = folder / f"{stage}.log"
@@ -185,13 +216,14 @@ class Runner:
                 pass_fds=[lock],
             )
             while process.poll() is None:
-                if not signalled and (self._stopping or self._left() < 0):
+                if not signalled and (self._stopping or self._seconds_left() < 0):
                     os.killpg(process.pid, signal.SIGTERM)
                     signalled = True
                 self.table.progress(point.name, _progress(folder, point.config.total_steps))
                 time.sleep(0.1)
         if signalled or process.returncode == EXIT_RESTART:
-            raise _Stop
+            self._stopping = True
+            raise _Left("stopped", "saved; start the sweep again to go on")
         if process.returncode:
             raise _Failed(stage, _reason(log, begin, process.returncode), str(log))
         return time.monotonic() - started
@@ -209,10 +241,8 @@ class Runner:
         folder = self.results.point_folder(point.name)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _Busy from None
+            if not _flock(file):
+                raise _Left("elsewhere", "another process is at work on it")
             self._claim(point, folder)
             yield file.fileno()
 
@@ -242,7 +272,7 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         """Seconds of the budget that are left."""
         budget = self.options.budget_seconds
         return budget - (time.monotonic() - self._started) if budget else float("inf")
@@ -251,7 +281,7 @@ class Runner:
         if not self.options.budget_seconds or self.options.cut_points:
             return True
         estimate = self._estimate(point)
-        return estimate is None or estimate <= self._left()
+        return estimate is None or estimate <= self._seconds_left()
 
     def _estimate(self, point: Point) -> float | None:
         """Seconds that a point will take, from those that were timed; None where none was."""
@@ -278,6 +308,15 @@ class Runner:
         needed = {point.trunk for point in unfinished} | {point.name for point in unfinished}
         for name in self._points.keys() - needed:
             self.results.delete_checkpoints(name)
+
+
+def _flock(file: IO[str]) -> bool:
+    """Takes the lock of an open file, if nobody has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def fill_launcher(template: str, command: list[str], **values: str) -> str:

@@ -37,8 +37,10 @@ class Table:
         self._drawn_at = self._plain_at = -float("inf")
 
     def set(self, name: str, state: str, figures: str = "", *, running: bool = False) -> None:
-        """Sets a point's state and shows it."""
+        """Sets a point's state and shows it, if it is news."""
         row = self._rows.setdefault(name, Row(name))
+        if not running and (row.state, row.figures) == (state, figures):
+            return
         if running and row.started is None:
             row.started = time.monotonic()
         elif not running and row.started is not None:
