@@ -1,43 +1,71 @@
 #!/bin/sh
-# Runs as many points of a study as fit a lease of a GPU machine, and leaves their results in one small archive.
+# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs, and leaves their results in one
+# small archive, which is written anew whenever a point is done.
 #
 #   scripts/study_lease.sh STUDY OUT SECONDS [flags of rattn.sweep]
 #
-# STUDY is window or recall. OUT gets STUDY.tar.xz (all results so far) and, where points failed, failures.txt. Before a
-# lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream) and, from the lease before,
-# STUDY.tar.xz, whose points are not run again. Within a lease the same call goes on where the last one stopped, in the
-# middle of a point too; in a lease's last call --nocut_points starts nothing that would not fit. Needs neither
-# TensorFlow nor seqio. Afterwards, elsewhere:
+# STUDY is window or recall. OUT gets STUDY.tar.xz (all results so far), STUDY-logs.tar.xz (metrics.jsonl and train.log of
+# every point) and, where points failed, failures.txt. Needs neither TensorFlow nor seqio.
+#
+# Before a lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream) and, from the lease before,
+# STUDY.tar.xz, whose points are not run again. A point that would not fit SECONDS is not started, for a machine that is
+# given back keeps no checkpoint; where another call follows on the same machine, --cut_points fills this one to its end,
+# and the next goes on in the middle of a point. Afterwards, elsewhere:
 #
 #   python -m rattn.sweep --merge OUT/window.tar.xz --workdir runs/window --report_only
+#
+# PROCESSES sweeps share each GPU and its memory. In the window study one of them trains at a time, so that step times are
+# true, while the others evaluate; models of the recall study are too small to fill a GPU, and all train at once.
 set -u
+if [ $# -lt 3 ]; then
+  echo "study_lease.sh: give STUDY (window or recall), OUT (a folder) and SECONDS, then flags of rattn.sweep." >&2
+  exit 1
+fi
 study=$1 out=$2 seconds=$3
 shift 3
-python=${PYTHON:-python3}
 case $study in
-  window) config=configs/small.py ;;
-  recall) config=configs/recall.py ;;
+  window) config=configs/small.py processes=${PROCESSES:-2} alone=--train_alone ;;
+  recall) config=configs/recall.py processes=${PROCESSES:-4} alone=--notrain_alone ;;
   *) echo "study_lease.sh: there is no study '$study'; name window or recall." >&2; exit 1 ;;
 esac
 started=$(date +%s)
-# A second seed of the same shapes compiles nothing again.
+python=${PYTHON:-python3}
+# A second seed, and the second budget's evaluation, compile nothing again.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/build/jax_cache}"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export PYTHONUNBUFFERED=1
+XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.92 / $processes }")
+export XLA_PYTHON_CLIENT_MEM_FRACTION
 if [ "$study" = window ]; then
   "$python" -m scripts.pack_stream unpack build/study/python_source-8192.tar.xz data || exit 1
 fi
-[ -f "build/study/$study.tar.xz" ] && set -- --merge "build/study/$study.tar.xz" "$@"
+if [ -f "build/study/$study.tar.xz" ]; then
+  "$python" -m rattn.sweep --workdir "runs/$study" --merge "build/study/$study.tar.xz" --noreport || exit 1
+fi
+gpus=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
 mkdir -p "$out"
-"$python" -m rattn.sweep --config "$config" --sweep "configs/sweeps/$study.py" --workdir "runs/$study" \
-  --budget_seconds "$((seconds - $(date +%s) + started))" --cut_points --delete_checkpoints --noreport \
-  --archive "$out/$study.tar.xz" "$@"
-status=$?
+sweeps=
+for _ in $(seq "$processes"); do
+  for gpu in $(seq 0 $((gpus > 0 ? gpus - 1 : 0))); do
+    CUDA_VISIBLE_DEVICES=$gpu "$python" -m rattn.sweep --config "$config" --sweep "configs/sweeps/$study.py" \
+      --workdir "runs/$study" --budget_seconds "$((seconds - $(date +%s) + started))" $alone --delete_checkpoints \
+      --noreport --archive "$out/$study.tar.xz" "$@" &
+    sweeps="$sweeps $!"
+  done
+done
+status=0
+for sweep in $sweeps; do
+  wait "$sweep"
+  # 75: points are left, which a lease that is over is expected to say.
+  case $? in 0 | 75) ;; *) status=1 ;; esac
+done
+mkdir -p "runs/$study/points"
+find "runs/$study/points" \( -name metrics.jsonl -o -name train.log \) -printf '%P\n' |
+  tar -cJf "$out/$study-logs.tar.xz" -C "runs/$study/points" -T -
 for failure in "runs/$study/failures/"*.json; do
   [ -f "$failure" ] || continue
   cat "$failure"
   tail -n 40 "runs/$study/points/$(basename "$failure" | sed 's/\.[0-9a-f]*\.json$//')/"*.log
 done > "$out/failures.txt"
 [ -s "$out/failures.txt" ] || rm "$out/failures.txt"
-# 75: points are left, which a lease that is over is expected to say.
-[ $status -eq 75 ] && exit 0
 exit $status

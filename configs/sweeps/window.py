@@ -4,7 +4,8 @@
 
 The schedule is warm-up, constant, linear decay over the last fifth. A 50 M-token point keeps the checkpoint at which
 its decay begins, and the 200 M-token point of the same model goes on from there: one trunk, two budgets. Points stand
-in the order of their priority. How it is run on leased GPUs, and what was found: docs/window_study.md.
+in the order of their priority, in three tiers that each bring one lease's worth of answers, both budgets of it. How it
+is run on leased GPUs, and what was found: docs/window_study.md.
 """
 
 from rattn.sweeping.points import product
@@ -13,7 +14,23 @@ STEP_TOKENS = 32 * 2048
 SMALL_STEPS, LARGE_STEPS = round(50e6 / STEP_TOKENS), round(200e6 / STEP_TOKENS)
 SMALL_DECAY, LARGE_DECAY = SMALL_STEPS // 5, LARGE_STEPS // 5
 BRANCH_STEP = SMALL_STEPS - SMALL_DECAY
-RATTENTION, SWA = (32, 64, 128, 256, 512, 1024), (64, 256, 1024)
+TIERS = (
+    # Ends and middle of each curve, beside two seeds of full attention.
+    (
+        *product(mixer=["full"], seed=[0, 1]),
+        *product(mixer=["rattention"], window=[64, 256], seed=[0]),
+        *product(mixer=["swa"], window=[64, 256, 1024], seed=[0]),
+        *product(mixer=["linear"], seed=[0]),
+    ),
+    # The rest of the curve.
+    tuple(product(mixer=["rattention"], window=[32, 128, 512, 1024], seed=[0])),
+    # More seeds of what the verdict rests on: full attention and the windows around the smallest one that equals it.
+    (
+        *product(mixer=["rattention"], window=[128, 256, 512, 1024], seed=[1]),
+        *product(mixer=["swa"], window=[256, 1024], seed=[1]),
+        *product(mixer=["full"], seed=[2]),
+    ),
+)
 
 COMMON = {
     "optimizer.schedule": "wsd",
@@ -25,18 +42,18 @@ EVALUATION = ("--lengths=1,2,4,8",)
 
 
 def sweep(add):
-    every = [{"mixer": "full"}, {"mixer": "linear"}]
-    every += [*product(mixer=["rattention"], window=RATTENTION), *product(mixer=["swa"], window=SWA)]
-    # The verdict rests on full attention and on the windows around the smallest one that equals it.
-    decisive = [point for point in every if point["mixer"] == "full" or point.get("window", 0) >= 128]
-    seeds = [*((point, 0) for point in every), *((point, 1) for point in decisive), ({"mixer": "full"}, 2)]
-    trunks = []
-    for point, seed in seeds:
-        config = {"total_steps": SMALL_STEPS, "optimizer.decay_steps": SMALL_DECAY}
-        config["checkpoint.keep_steps"] = (BRANCH_STEP,)
-        name = "-".join([*(str(value) for value in point.values()), f"seed{seed}"])
-        trunks.append(add(config, name=f"50M-{name}", group="50 M tokens", **point, seed=seed))
-    for (point, seed), trunk in zip(seeds, trunks, strict=True):
-        config = {"total_steps": LARGE_STEPS, "optimizer.decay_steps": LARGE_DECAY, "init_from_step": BRANCH_STEP}
-        name = trunk.replace("50M", "200M")
-        add(config, name=name, group="200 M tokens", init_from=trunk, **point, seed=seed)
+    for models in TIERS:
+        trunks = [_small_budget(add, model) for model in models]
+        for trunk, model in zip(trunks, models, strict=True):
+            _large_budget(add, trunk, model)
+
+
+def _small_budget(add, model):
+    config = {"total_steps": SMALL_STEPS, "optimizer.decay_steps": SMALL_DECAY, "checkpoint.keep_steps": (BRANCH_STEP,)}
+    name = "-".join([*(str(value) for key, value in model.items() if key != "seed"), f"seed{model['seed']}"])
+    return add(config, name=f"50M-{name}", group="50 M tokens", **model)
+
+
+def _large_budget(add, trunk, model):
+    config = {"total_steps": LARGE_STEPS, "optimizer.decay_steps": LARGE_DECAY, "init_from_step": BRANCH_STEP}
+    add(config, name=trunk.replace("50M", "200M"), group="200 M tokens", init_from=trunk, **model)

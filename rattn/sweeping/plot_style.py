@@ -110,38 +110,40 @@ def window_ticks(axes: Axes, windows: Sequence[int]) -> None:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic axis of powers of two in plain numbers, of what is drawn on it."""
-    low, high = axes.get_xlim() if axes.get_xlim()[0] > 0 else (axes.dataLim.minposx, axes.dataLim.x1)
+    """A logarithmic axis in plain numbers, of what is drawn on it: powers of two, on a short one more than those."""
+    low, high = axes.dataLim.minposx, axes.dataLim.x1
     axes.set_xscale("log", base=2)
+    axes.set_xlim(low / 1.15, high * 1.15)
     axes.xaxis.set_minor_locator(NullLocator())
-    exponents = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    ticks = [2.0**exponent for exponent in exponents[:: -(-len(exponents) // 9)]]
-    if high < 8 * low:
-        places = sorted({float(x) for line in axes.get_lines() for x in line.get_xdata()})
-        ticks = places[:: -(-len(places) // 6)]
+    octaves = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    steps = (1, 1.25, 1.5, 1.75) if high < 3 * low else (1, 1.5) if high < 12 * low else (1,)
+    ticks = [2.0**octave * step for octave in octaves[:: -(-len(octaves) // 9)] for step in steps]
     axes.set_xticks(ticks, [f"{tick:,g}" if tick >= 1e-2 else f"{tick:.1e}" for tick in ticks])
     axes.set_xlim(low / 1.15, high * 1.15)
 
 
 def keep_the_rest_in_view(axes: Axes, heights: dict[str, list[float]]) -> None:
-    """Leaves the linear model above the axes where it would flatten what all others do.
+    """Lets those variants leave the axes at the top that would flatten what all others do, and says how far they go.
 
     Args:
       axes: after everything is drawn.
       heights: of each variant's label.
     """
-    rest = [height for label, values in heights.items() if label != "linear" for height in values]
-    linear = heights.get("linear", [])
-    if len(heights) < 3 or not linear or not rest:
-        return
-    low, high = min(rest), max(rest)
-    if max(linear) <= high + 1.5 * (high - low):
+    labels = sorted((label for label in heights if heights[label]), key=lambda label: max(heights[label]))
+    shown = labels[: len(labels) // 2 + 1]
+    low, high = (limit(limit(heights[label]) for label in shown) for limit in (min, max)) if shown else (0.0, 0.0)
+    for label in labels[len(shown) :]:
+        if max(heights[label]) > high + 1.5 * max(high - low, 0.01 * abs(high)):
+            break
+        shown.append(label)
+        low, high = min(low, *heights[label]), max(heights[label])
+    above = [f"{label} {max(heights[label]):.3f}" for label in labels[len(shown) :]]
+    if not above:
         return
     axes.set_ylim(low - 0.12 * (high - low), high + 0.2 * (high - low))
-    value = f"{linear[0]:.3f}" if len(linear) == 1 else f"{min(linear):.3f} to {max(linear):.3f}"
     axes.annotate(
-        f"linear, above: {value}", (0.5, 1), xycoords="axes fraction", xytext=(0, -4), textcoords="offset points",
-        ha="center", va="top", fontsize=9, color=colour("linear"),
+        f"beyond the top: {', '.join(above)}", (0.5, 1), xycoords="axes fraction", xytext=(0, -4),
+        textcoords="offset points", ha="center", va="top", fontsize=8,
     )  # fmt: skip
 
 

@@ -220,7 +220,12 @@ def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float]) 
         axes.plot(*zip(*places, strict=True), marker(mixer), color=colour(mixer), label=mixer, markersize=7)
     for (x, y), variant in zip(points, group.variants, strict=True):
         if variant.window is not None:
-            axes.annotate(str(variant.window), (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            # Of one mixer above its markers, of another below, for equal windows often lie close.
+            place = (6, 4) if variant.mixer == group.windowed[0] else (6, -11)
+            axes.annotate(
+                str(variant.window), (x, y), xytext=place, textcoords="offset points", fontsize=8,
+                color=colour(variant.mixer),
+            )  # fmt: skip
     axes.margins(0.12)
     keep_the_rest_in_view(axes, {variant.label: [variant.mean(loss)] for variant in group.variants})
     legend(axes)
