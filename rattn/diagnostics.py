@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from ml_collections import ConfigDict
 
 from rattn.model.loss import cross_entropy_sum
@@ -35,8 +34,11 @@ def branch_diagnostics(
 
     def diagnose(parameters: Tree, batch: Batch) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:
         model, zeroed = spec.merge(parameters), spec.merge(without_linear_branch(parameters))
-        x_BTD, statistics = _hidden_and_statistics(model, batch)
-        zeroed_x_BTD = zeroed.hidden(batch["tokens"], batch["segment_ids"])
+        tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
+        x_BTD, statistics = model.walk(
+            tokens_BT, segment_ids_BT, lambda layer, x_BTD: _branch_statistics(layer, x_BTD, segment_ids_BT)
+        )
+        zeroed_x_BTD = zeroed.hidden(tokens_BT, segment_ids_BT)
         return statistics, loss(model, x_BTD, batch), loss(zeroed, zeroed_x_BTD, batch)
 
     def loss(model: Transformer, x_BTD: jax.Array, batch: Batch) -> jax.Array:
@@ -73,34 +75,8 @@ def without_linear_branch(parameters: Tree) -> Tree:
     return changed
 
 
-def _hidden_and_statistics(model: Transformer, batch: Batch) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-    """Walks the model as `Transformer.hidden` does.
-
-    Returns:
-      what that returns; and for each entry of the pattern, then for each remaining layer, its statistics ({} with fewer
-      than two branches); those of the pattern have a leading dim, the repeats.
-    """
-    segment_ids_BT = batch["segment_ids"]
-    embedding_VD = model.constrain(model.embedding_VD[...].astype(model.compute_dtype), "vocab", None)
-    x_BTD = embedding_VD[batch["tokens"]] * jnp.asarray(embedding_VD.shape[1] ** 0.5, model.compute_dtype)
-    x_BTD = model.constrain(x_BTD, "batch", "length", None)
-    graph, stacked = nnx.split(model.blocks)
-
-    def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-        found = []
-        for layer in nnx.merge(graph, weights).layers:
-            found.append(_branch_statistics(layer, x_BTD, segment_ids_BT))
-            x_BTD = layer(x_BTD, segment_ids_BT)
-        return x_BTD, found
-
-    x_BTD, statistics = jax.lax.scan(body, x_BTD, stacked)
-    for layer in model.remainder:
-        statistics.append(_branch_statistics(layer, x_BTD, segment_ids_BT))
-        x_BTD = layer(x_BTD, segment_ids_BT)
-    return model.final_norm(x_BTD), statistics
-
-
 def _branch_statistics(layer: Layer, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> dict[str, jax.Array]:
+    """Returns float32 scalars by name, of the layer at the input x_BTD; {} with fewer than two branches."""
     mixer = layer.mixer
     if not (mixer.has_softmax and mixer.has_linear):
         return {}
@@ -120,7 +96,7 @@ def _branch_statistics(layer: Layer, x_BTD: jax.Array, segment_ids_BT: jax.Array
 
 
 def _by_layer(statistics: list[dict[str, Any]], pattern_length: int) -> dict[int, dict[str, Any]]:
-    """Unstacks what `_hidden_and_statistics` found into {index of the layer in the depth: statistics}."""
+    """Unstacks what `Transformer.walk` found into {index of the layer in the depth: statistics}."""
     layers, repeats = {}, 0
     for place, found in enumerate(statistics[:pattern_length]):
         for name, values in found.items():

@@ -1,5 +1,8 @@
 """The decoder: embedding, repeated blocks scanned over depth, the layers that remain, the unembedding."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,12 +38,6 @@ class Block(nnx.Module):
     def __init__(self, model: ConfigDict, operators: Operators, *, rngs: nnx.Rngs):
         kinds = zip(model.pattern, model.rope_pattern, strict=True)
         self.layers = nnx.List([Layer(model, kind, use_rope, operators, rngs=rngs) for kind, use_rope in kinds])
-
-    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-        """Returns [B, T, D] in x's dtype."""
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, segment_ids_BT)
-        return x_BTD
 
 
 class Transformer(nnx.Module):
@@ -84,24 +81,42 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
         """Returns the normed x_BTD in the compute dtype, from int32 tokens and document ids (None: one a row)."""
+        return self.walk(tokens_BT, segment_ids_BT, lambda layer, x_BTD: None)[0]
+
+    def walk(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, look: Callable[[Layer, jax.Array], Any]
+    ) -> tuple[jax.Array, list[Any]]:
+        """Returns what `hidden` does, and what `look(layer, x_BTD)` makes of each layer and its input.
+
+        The list holds an entry for each of the pattern's layers, in which arrays have a leading dim over the repeats,
+        then one for each layer that remains.
+        """
         # Whole in D on every device: a look-up of tokens in slices of D would move the tokens' activations instead.
         embedding_VD = self.constrain(self.embedding_VD[...].astype(self.compute_dtype), "vocab", None)
         x_BTD = look_up(embedding_VD, tokens_BT) * jnp.asarray(embedding_VD.shape[1] ** 0.5, self.compute_dtype)
         x_BTD = self.constrain(x_BTD, "batch", "length", None)
         graph, stacked = nnx.split(self.blocks)
 
-        def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, weights)(x_BTD, segment_ids_BT), None
+        def body(x_BTD: jax.Array, weights: nnx.State) -> tuple[jax.Array, list[Any]]:
+            seen = []
+            for layer in nnx.merge(graph, weights).layers:
+                seen.append(look(layer, x_BTD))
+                x_BTD = layer(x_BTD, segment_ids_BT)
+            return x_BTD, seen
 
         body = rematerialised(body, self.remat, scanned=self.scan_blocks)
         if self.scan_blocks:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, stacked)
+            x_BTD, seen = jax.lax.scan(body, x_BTD, stacked)
         else:
+            by_repeat = []
             for weights in _unstacked(stacked):
-                x_BTD, _ = body(x_BTD, weights)
+                x_BTD, seen = body(x_BTD, weights)
+                by_repeat.append(seen)
+            seen = jax.tree.map(lambda *repeats: jnp.stack(repeats), *by_repeat)
         for layer in self.remainder:
+            seen.append(look(layer, x_BTD))
             x_BTD = rematerialised(layer, self.remat, scanned=False)(x_BTD, segment_ids_BT)
-        return self.final_norm(x_BTD)
+        return self.final_norm(x_BTD), seen
 
     def unembedding(self) -> jax.Array:
         """Returns the float32 unembedding_VD, whole in D on every device."""

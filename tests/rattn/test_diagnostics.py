@@ -40,8 +40,9 @@ def random_parameters(spec):
     return jax.tree.map(lambda leaf: 0.2 * generator.standard_normal(leaf.shape, np.float32), spec.shapes)
 
 
-def test_each_layer_has_its_own_norms_and_share(miniature, batch):
-    config = miniature(model__layers=5)
+@pytest.mark.parametrize("scan_blocks", [True, False])
+def test_each_layer_has_its_own_norms_and_share(miniature, batch, scan_blocks):
+    config = miniature(model__layers=5, model__scan_blocks=scan_blocks)
     spec = model_spec(config.model, Operators(constant(SOFTMAX), constant(LINEAR)))
     one = Sharding(make_mesh(config.mesh, jax.devices()[:1]))
     parameters = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), spec.shapes)

@@ -107,8 +107,9 @@ def test_the_past_has_gradients_and_the_future_has_none(mixer, tokens):
         merged = nnx.merge(graph, parameters)
         _, stacked = nnx.split(merged.blocks)
         for repeat in range(1):
-            layers = nnx.merge(nnx.graphdef(merged.blocks), jax.tree.map(lambda w: w[repeat], stacked))  # noqa: B023
-            x_BTD = layers(x_BTD, None)
+            block = nnx.merge(nnx.graphdef(merged.blocks), jax.tree.map(lambda w: w[repeat], stacked))  # noqa: B023
+            for layer in block.layers:
+                x_BTD = layer(x_BTD, None)
         return x_BTD[0, t].sum()
 
     x_BTD = jax.random.normal(jax.random.key(1), (1, 12, 16))
