@@ -54,7 +54,7 @@ class Completion:
     """What was generated for a prompt.
 
     Attributes:
-      text: without the prompt.
+      text: what stands after the prompt's own.
       ids: its tokens, without EOS.
       ended: whether the model ended it with EOS, and not `max_tokens`.
     """
@@ -72,8 +72,9 @@ class Generator:
             print(completion.text)
 
     Prompts of any lengths go through the model in batches; each compiled function is kept for the next call. What a
-    prompt gets does not depend on the others of its batch, up to the rounding of sums. For the caches themselves
-    (prefill in chunks, one token at a time, resuming) see `rattn.decoding.decoder.Decoder`, which is `.decoder` here.
+    prompt gets does not depend on the others or on the size of a batch, up to the rounding of sums. For the caches
+    themselves (prefill in chunks, one token at a time, resuming) see `rattn.decoding.decoder.Decoder`, which is
+    `.decoder` here and takes `.weights`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Generator:
         prefill_tokens: int = 512,
         fold_tokens: int = FOLD_TOKENS,
         state_dtype: str = "float32",
+        attention: str = "xla",
     ):
         """Lays the parameters out for decoding.
 
@@ -99,15 +101,23 @@ class Generator:
           prefill_tokens: most tokens of a prompt that go through the model at a time.
           fold_tokens: C (`rattn.decoding`); also how many tokens come at a time.
           state_dtype: "float32" or "bfloat16", of the states between tokens.
+          attention: "xla" or "pallas_gpu", as in `rattn.decoding.decoder.Decoder`.
 
         Raises:
           UserError: a value that does not fit.
         """
-        self.decoder = Decoder(model, sharding or on_devices(1, 1), fold_tokens=fold_tokens, state_dtype=state_dtype)
+        for name, value in (("batch_size", batch_size), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; give at least 1.")
+        self.decoder = Decoder(
+            model,
+            sharding or on_devices(1, 1),
+            fold_tokens=fold_tokens,
+            state_dtype=state_dtype,
+            attention=attention,
+        )
         self.vocabulary = vocabulary
-        self._weights = self.decoder.weights(parameters)
-        if batch_size < 1 or prefill_tokens < 1:
-            raise UserError(f"batch_size is {batch_size} and prefill_tokens {prefill_tokens}; both must be at least 1.")
+        self.weights = self.decoder.weights(parameters)
         self._batch_size, self._prefill_tokens = batch_size, prefill_tokens
         self._known_V = vocabulary.token_bytes() > 0
         self._sample = jax.jit(sample, static_argnames="sampling")
@@ -165,17 +175,21 @@ class Generator:
         """Yields text as it comes; every prompt's last piece holds its completion.
 
         Args:
-          prompts: texts, or ids; at least one token each.
+          prompts: a list of texts, or of lists of ids; at least one token each.
           max_tokens: of a completion.
           sampling: how; from all tokens at temperature 1 if not given.
-          seed: of the draws: those of a prompt are a function of (seed, its place in the list).
-          capacity: tokens that the cache is allocated for; as many as needed if not given.
+          seed: 0 to 2³² − 1, of the draws: those of a prompt are a function of (seed, its place in the list).
+          capacity: tokens that a sequence's cache is allocated for; as many as needed if not given.
 
         Raises:
-          UserError: a prompt that is empty, too long, or holds an unknown token.
+          UserError: a prompt that is empty, too long, or holds an unknown token; no room for the cache.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts is one text, {prompts[:20]!r}; give a list of texts.")
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; ask for at least 1.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"The seed is {seed}; give a number from 0 to {2**32 - 1}.")
         # The model may have more ids than the vocabulary, for the sake of its shapes.
         sampling = dataclasses.replace(sampling or Sampling(), ids=self.vocabulary.size)
         ids = [self._encoded(index, prompt) for index, prompt in enumerate(prompts)]
@@ -185,14 +199,24 @@ class Generator:
                     f"Prompt {index} has {len(prompt)} tokens, which with max_tokens={max_tokens} do not fit in a "
                     f"cache of {capacity}; cut the prompt, ask for fewer tokens or raise the capacity."
                 )
-        for first in range(0, len(ids), self._batch_size):
-            batch = ids[first : first + self._batch_size]
-            key = jax.random.fold_in(jax.random.key(seed), first)
-            for piece in self._batch(batch, max_tokens, sampling, key, capacity):
+        return self._batches(ids, max_tokens, sampling, seed, capacity)
+
+    def _batches(
+        self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, seed: int, capacity: int | None
+    ) -> Iterator[Piece]:
+        for first in range(0, len(prompts), self._batch_size):
+            batch = prompts[first : first + self._batch_size]
+            # Rows that fill the devices up: their one token and what follows it is thrown away.
+            rows = batch + [[0]] * (-len(batch) % self.decoder.row_multiple)
+            places_B = np.arange(first, first + len(rows), dtype=np.uint32)
+            keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places_B)
+            for piece in self._batch(rows, len(batch), max_tokens, sampling, keys_B, capacity):
                 yield dataclasses.replace(piece, prompt=first + piece.prompt)
 
     def _encoded(self, index: int, prompt: str | Sequence[int]) -> list[int]:
         vocabulary = self.vocabulary
+        if isinstance(prompt, str) and (broken := [c for c in prompt if "\ud800" <= c <= "\udfff"]):
+            raise UserError(f"Prompt {index} holds {broken[0]!r}, which is no character; give text in UTF-8.")
         ids = vocabulary.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise UserError(f"Prompt {index} is empty; give at least one token to go on from.")
@@ -207,25 +231,30 @@ class Generator:
         return ids
 
     def _batch(
-        self, prompts: list[list[int]], max_tokens: int, sampling: Sampling, key: jax.Array, capacity: int | None
+        self,
+        rows: list[list[int]],
+        count: int,
+        max_tokens: int,
+        sampling: Sampling,
+        keys_B: jax.Array,
+        capacity: int | None,
     ) -> Iterator[Piece]:
-        decoder, weights = self.decoder, self._weights
-        # Rows that fill the devices up: their one token and what follows it is thrown away.
-        rows = prompts + [[0]] * (-len(prompts) % decoder.row_multiple)
+        """Yields the pieces of the first `count` rows."""
+        decoder, weights = self.decoder, self.weights
         needed = max(map(len, rows)) + max_tokens
         cache = decoder.empty_cache(len(rows), capacity or -(-needed // CAPACITY_TOKENS) * CAPACITY_TOKENS)
         logits_BV, cache = self._prefilled(rows, cache)
-        tokens_B = self._sample(logits_BV, jax.random.fold_in(key, 0), sampling=sampling)
-        streams = [TextStream(self.vocabulary) for _ in prompts]
-        live = set(range(len(prompts)))
+        tokens_B = self._sample(logits_BV, keys_B, np.int32(0), sampling=sampling)
+        streams = [TextStream(self.vocabulary, row) for row in rows[:count]]
+        live = set(range(count))
         sampled, first = tokens_B[:, None], 0
         while live:
             # The next tokens are on their way before these are looked at.
             first += sampled.shape[1]
             following = None
             if first < max_tokens:
-                following, cache = decoder.sample(weights, cache, sampled[:, -1], key, first, sampling)
-            for index, row in enumerate(np.asarray(sampled)[: len(prompts)].tolist()):
+                following, cache = decoder.sample(weights, cache, sampled[:, -1], keys_B, first, sampling)
+            for index, row in enumerate(np.asarray(sampled)[:count].tolist()):
                 if index in live:
                     piece = self._piece(index, streams[index], row, max_tokens)
                     if piece.completion:
@@ -241,8 +270,7 @@ class Generator:
         ids = ids[: ids.index(eos)] if ended else ids
         last = ended or len(stream.ids) + len(ids) == max_tokens
         text = stream.push(ids, last=last)
-        completion = Completion(self.vocabulary.decode(stream.ids), stream.ids, ended) if last else None
-        return Piece(index, text, completion)
+        return Piece(index, text, Completion(stream.text, stream.ids, ended) if last else None)
 
     def _prefilled(self, rows: list[list[int]], cache: Any) -> tuple[jax.Array, Any]:
         """Runs the prompts through the model; returns the logits of the token after each, and the cache."""
@@ -254,15 +282,16 @@ class Generator:
             place[total - len(row) :] = row
         for start in range(0, total, T):
             counts_B = np.clip(lengths_B - (total - start - T), 0, T)
-            x_BTD, cache = self.decoder.prefill(self._weights, cache, tokens[:, start : start + T], counts_B)
-        return self.decoder.logits(self._weights, x_BTD[:, -1]), cache
+            x_BTD, cache = self.decoder.prefill(self.weights, cache, tokens[:, start : start + T], counts_B)
+        return self.decoder.logits(self.weights, x_BTD[:, -1]), cache
 
 
 def on_devices(data: int, model: int) -> Sharding:
     """Spreads sequences over `data` and heads over `model` of the first devices."""
     if data < 1 or model < 1 or data * model > jax.device_count():
         raise UserError(
-            f"{data} × {model} devices were asked for and there are {jax.device_count()}; ask for 1 × 1 or more."
+            f"{data} × {model} devices were asked for and there are {jax.device_count()}; ask for 1 × 1, or up to as "
+            "many as there are."
         )
     sizes = dict.fromkeys(AXES, 1) | {"data": data, "model": model}
     return Sharding(make_mesh(ConfigDict(sizes), jax.devices()[: data * model]))
@@ -301,7 +330,8 @@ def _prompts(values: flags.FlagValues) -> list[str]:
         path = pathlib.Path(values.prompts_file)
         if not path.is_file():
             raise UserError(f"There is no --prompts_file {str(path)!r}; name a text file with a prompt a line.")
-        prompts += [line for line in path.read_text().splitlines() if line]
+        # What is not UTF-8 becomes what `Generator` refuses with the prompt's number.
+        prompts += [line for line in path.read_text("utf-8", "surrogateescape").split("\n") if line.strip()]
     if not prompts:
         raise UserError("There is no prompt; give --prompt, several times if you like, or --prompts_file.")
     return prompts
@@ -311,14 +341,15 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     """Entry point behind the flags."""
     platform.configure()
     values = flags.FLAGS
-    if recipe and (values.checkpoint or not values.report):
-        raise UserError(f"--config is {recipe!r}, which has no weights; give --checkpoint alone, or add --report.")
+    if recipe and values.checkpoint:
+        raise UserError(f"There are --config {recipe!r} and --checkpoint {values.checkpoint!r}; give one of them.")
+    if recipe and not values.report:
+        raise UserError(f"--config is {recipe!r}, which has no weights; give --checkpoint, or add --report.")
     if not recipe and not values.checkpoint:
         raise UserError("There is no --checkpoint; name the workdir of a run, such as --checkpoint runs/tiny.")
     if values.report:
         config = at_window(config or saved_config(values.checkpoint), values.window)
-        itemsize = 4 if values.state_dtype == "float32" else 2
-        print(report.text(config, fold_tokens=values.fold_tokens, state_itemsize=itemsize))
+        print(report.text(config, fold_tokens=values.fold_tokens, state_dtype=values.state_dtype))
         return 0
     sampling = Sampling(0.0 if values.greedy else values.temperature, values.top_k, values.top_p)
     prompts = _prompts(values)
@@ -330,9 +361,13 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         batch_size=values.batch_size,
         fold_tokens=values.fold_tokens,
         state_dtype=values.state_dtype,
+        attention=values.attention,
     )
-    pieces = generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed)
-    show(pieces, prompts)
+    try:
+        show(generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed), prompts)
+    except KeyboardInterrupt:
+        print()
+        return 130  # As a shell reports SIGINT.
     return 0
 
 
@@ -340,17 +375,18 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Workdir of the run.")
     flags.DEFINE_integer("step", 0, "Step of the checkpoint; 0: the last.", lower_bound=0)
     flags.DEFINE_multi_string("prompt", [], "What to go on from; may be given several times.")
-    flags.DEFINE_string("prompts_file", None, "Text file with a prompt a line.")
+    flags.DEFINE_string("prompts_file", None, "Text file with a prompt a line; blank lines are none.")
     flags.DEFINE_integer("max_tokens", 256, "Most tokens of a completion.")
     flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 takes the best token.")
     flags.DEFINE_bool("greedy", False, "Take the best token, as --temperature 0.")
     flags.DEFINE_integer("top_k", 0, "Draw from the best top_k tokens; 0: from all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the best tokens whose probabilities reach top_p; 1: from all.")
-    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_integer("seed", 0, "Of the draws; 0 to 2**32 - 1.")
     flags.DEFINE_integer("window", None, "Window to run at; the run's own by default.")
     flags.DEFINE_integer("batch_size", 32, "Most prompts at a time.")
     flags.DEFINE_integer("fold_tokens", FOLD_TOKENS, "Tokens that come, and are added to the states, at a time.")
     flags.DEFINE_string("state_dtype", "float32", "Of the states: float32 or bfloat16.")
+    flags.DEFINE_string("attention", "xla", "Of a token to its cache: xla, or pallas_gpu, a kernel for one GPU.")
     flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")
     flags.DEFINE_integer("model_devices", 1, "Devices that heads are spread over.")
     flags.DEFINE_bool("report", False, "Print what the cache takes, and generate nothing.")

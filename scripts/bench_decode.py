@@ -7,11 +7,14 @@
 
 A point is a model (mixer:window), a context length and a batch. Its cache is allocated for exactly the context, filled
 with random keys, values and states, and its sequences stand C tokens before the end; a call samples C tokens greedily
-and folds. A time is that of a step: the median, with the extremes, of rounds of two calls queued at once.
+and folds. A time is that of a step, the median of CALLS calls with the extremes; the next call is always queued before
+one ends, so that the device never waits for the host.
 
-The bound is what `rattn.accounting.decode_bytes` counts, over the bandwidth of a copy of 4 GiB measured here. The last
-table is Figure 7 of arXiv 2506.15545, the share of a step that a window of 512 saves against one of 4096: measured, and
-by the paper's formula B · cache / bandwidth + max(2 · B · parameters / FLOP/s, parameter bytes / bandwidth).
+The bound is what `rattn.accounting.decode_bytes` counts, over the bandwidth of a copy or of a sum of 4 GiB, whichever
+is higher here. The last table is Figure 7 of arXiv 2506.15545, the share of a step that a window of 512 saves against
+one of 4096: measured, and by the paper's formula B · cache / bandwidth + max(2 · B · parameters / FLOP/s, parameter
+bytes / bandwidth). A point that fails costs its own line alone, one that is too large is tried again at the end with
+fewer sequences, and --out is written after every point.
 """
 
 import argparse
@@ -26,7 +29,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rattn import accounting, platform
 from rattn.config import load_config, set_mixer, validate
@@ -36,9 +38,11 @@ from rattn.decoding.sampling import Sampling
 from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
 from rattn.planning.report import table
+from scripts.random_decoding import clock_of, keys_of, pick, random_cache, random_weights
 
 GREEDY = Sampling(temperature=0.0)
-CALLS, ROUNDS = 2, 5
+CALLS = 10
+NARROW, WIDE = "rattention:512", "swa:4096"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +87,11 @@ class Model:
         return sum(sizes.values())
 
     def bound_bytes(self, point):
-        """Bytes that a step must read and write."""
+        """Bytes that a step must read and write, in the middle of a call."""
         parts = accounting.decode_bytes(
             self.model,
             self.spec,
-            point.context,
+            point.context - point.fold // 2,
             fold_tokens=point.fold,
             state_itemsize=jnp.dtype(self.state_dtype).itemsize,
         )
@@ -107,18 +111,26 @@ class Model:
         tokens = jax.ShapeDtypeStruct((point.batch,), jnp.int32)
         run = decoder.compiled("sample", layout, GREEDY)
         shapes = caches.cache_shapes(decoder.layers, layout)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return run.lower(self.weight_shapes, shapes, tokens, key, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+        keys = jax.eval_shape(lambda: keys_of(point))
+        return run.lower(self.weight_shapes, shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 def main():
     """Measures the points that fit, prints the tables and writes what was found."""
+    began = time.perf_counter()
     platform.configure()
     args = arguments()
     device = jax.local_devices()[0]
-    began = time.perf_counter()
-    copied = copy_bandwidth(args.copy_gib)
-    print(f"{device.device_kind}, JAX {jax.__version__}, copy {copied / 1e12:.3f} TB/s", flush=True)
+    result = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "recipe": args.recipe,
+        "state_dtype": args.state_dtype,
+        "bandwidth": bandwidth(args.copy_gib),
+        "points": [],
+    }
+    found, measured = result["points"], ", ".join(f"{n} {x / 1e12:.3f}" for n, x in result["bandwidth"].items())
+    print(f"{device.device_kind}, JAX {jax.__version__}, TB/s: {measured}", flush=True)
     models = {name: Model(args.recipe, name, args.state_dtype) for name in args.models}
     weights = random_weights(models)
     memory = memory_bytes(device, args.memory_gib) - sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
@@ -126,33 +138,44 @@ def main():
     print(f"{len(points)} points, {args.threads} compiled at a time", flush=True)
     compiled = compile_all(points, models, args.threads, began + 0.6 * args.seconds)
     print(f"{time.perf_counter() - began:.0f} s since the start, {len(compiled)} compiled", flush=True)
-    found = []
-    for point in points:
-        if point not in compiled or time.perf_counter() - began > args.seconds:
+    points.sort(key=lambda point: point not in compiled)
+    for point in points:  # It grows by what is tried again.
+        # Nobody knows how long a compilation takes: none begins that might not be timed.
+        if time.perf_counter() - began > args.seconds * (1 if point in compiled else 0.8):
             print(f"{point}: left out, the time is over", flush=True)
             continue
-        run, seconds = compiled.pop(point)
+        model = models[point.model]
         try:
-            milliseconds = measure(models[point.model], run, weights, point)
-        except jax.errors.JaxRuntimeError as error:
-            print(f"{point}: {str(error).splitlines()[0][:150]}", flush=True)
+            run, seconds = compiled.pop(point, None) or timed_compile(model, point)
+            milliseconds = measure(model, run, weights, point)
+        except Exception as error:  # Whatever it is, the other points are worth having.
+            print(f"{point}: {said(error)}", flush=True)
+            fewer = dataclasses.replace(point, batch=size_up_to(point.batch - 1))
+            if "RESOURCE_EXHAUSTED" in str(error) and fewer.batch and fewer not in points:
+                points.append(fewer)
             continue
-        found.append(entry(models[point.model], point, milliseconds, copied, seconds))
+        found.append(entry(model, point, milliseconds, max(result["bandwidth"].values()), seconds))
         print(line(found[-1]), flush=True)
-    result = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "recipe": args.recipe,
-        "state_dtype": args.state_dtype,
-        "copy_bytes_per_second": copied,
-        "seconds": time.perf_counter() - began,
-        "points": found,
-        "figure_7": figure_7(models, found, copied, accounting.peak_flops(device)),
-    }
+        result["figure_7"] = figure_7(models, found, max(result["bandwidth"].values()), accounting.peak_flops(device))
+        result["seconds"] = time.perf_counter() - began
+        write(args.out, result)
     print("\n" + tables(result))
-    if args.out:
-        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write(path, result):
+    """Writes what there is so far, in place of what was written before."""
+    if not path:
+        return
+    whole = pathlib.Path(path)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    partial = whole.with_name(whole.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(whole)
+
+
+def said(error):
+    """The beginning of an error's first line."""
+    return f"{type(error).__name__} {str(error).strip().partition(chr(10))[0][:150]}"
 
 
 def arguments():
@@ -173,39 +196,44 @@ def arguments():
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")
     parser.add_argument("--memory_gib", type=float, help="of the device; what it says by default")
-    parser.add_argument("--copy_gib", type=float, default=4.0, help="size of the array that is copied")
+    parser.add_argument("--copy_gib", type=float, default=4.0, help="size of the array whose copy is timed")
     parser.add_argument("--out", help="JSON file of all results; scripts/plot_decode.py draws it")
     return parser.parse_args()
 
 
 def compile_all(points, models, threads, deadline):
-    """Returns {point: (compiled, seconds)} of what is ready in time, before anything is timed.
+    """Returns {point: (compiled, seconds)} of what is begun in time, before anything is timed.
 
-    Points of one batch size are compiled one after the other, so that the later ones find the matrix products that
-    XLA has tuned for the first.
+    The first point of each batch size goes before the others, which then find the matrix products that XLA has tuned.
     """
     compiled = {}
 
-    def compile_batch(batch):
-        for point in points:
-            if point.batch == batch and time.perf_counter() < deadline:
-                start = time.perf_counter()
-                run = models[point.model].compiled(point)
-                compiled[point] = run, time.perf_counter() - start
+    def compile_one(point):
+        if time.perf_counter() > deadline:
+            return
+        try:
+            compiled[point] = timed_compile(models[point.model], point)
+        except Exception as error:
+            print(f"{point}: not compiled yet, {said(error)}", flush=True)
 
+    first = list({point.batch: point for point in reversed(points)}.values())
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(compile_batch, dict.fromkeys(point.batch for point in points)))
+        for group in (first, [point for point in points if point not in first]):
+            list(pool.map(compile_one, group))
     return compiled
+
+
+def timed_compile(model, point):
+    """Returns what `Model.compiled` returns and how many seconds it took."""
+    start = time.perf_counter()
+    return model.compiled(point), time.perf_counter() - start
 
 
 def points_of(args, models, memory):
     """Lists the points that fit in `memory` bytes beside the weights, in the order of --batches."""
 
     def most(name, context, fold):
-        size = int(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "")))
-        # 2ⁿ or 3 · 2ⁿ⁻¹: each batch size tunes its own matrix products.
-        power = 1 << max(size, 1).bit_length() - 1
-        return 0 if size < 1 else power * 3 // 2 if size >= power * 3 // 2 else power
+        return size_up_to(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "")))
 
     points = []
     for batch, context, fold, attention in itertools.product(args.batches, args.contexts, args.fold, args.attention):
@@ -219,6 +247,14 @@ def points_of(args, models, memory):
     return points
 
 
+def size_up_to(limit):
+    """Returns the largest 2ⁿ or 3 · 2ⁿ⁻¹ up to `limit`, 0 below 1: each batch size tunes its own matrix products."""
+    if limit < 1:
+        return 0
+    power = 1 << int(limit).bit_length() - 1
+    return power * 3 // 2 if power > 1 and limit >= power * 3 // 2 else power
+
+
 def memory_bytes(device, asked):
     """Returns what a program may have of the device's memory."""
     if asked:
@@ -226,87 +262,43 @@ def memory_bytes(device, asked):
     return (device.memory_stats() or {"bytes_limit": 2**30})["bytes_limit"]
 
 
-def copy_bandwidth(gib):
-    """Returns bytes read and written a second by a copy, the best of ten."""
+def bandwidth(gib):
+    """Returns the bytes a second of a copy, read and written, and of a sum, read: the best of five runs of ten each."""
     x = jnp.zeros(int(gib * 2**30) // 4, jnp.int32)
-    copy = jax.jit(lambda x: x + 1)
-    times = []
-    for _ in range(10):
+    size = x.nbytes
+    copy, add = jax.jit(lambda x: x + 1, donate_argnums=0), jax.jit(jnp.sum)
+    seconds = {"copy": [], "sum": []}
+    for _ in range(6):  # The first compiles.
         start = time.perf_counter()
-        jax.block_until_ready(copy(x))
-        times.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(times)
-
-
-def random_weights(models):
-    """Draws weights on the device; models share all that they have in common."""
-    largest = max(models.values(), key=lambda model: len(jax.tree.leaves(model.weight_shapes)))
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(largest.weight_shapes))))
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def draw(key, shape, dtype):
-        fan_in = shape[1] if len(shape) == 2 else shape[0]
-        return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(dtype)
-
-    def leaf(path, shape):
-        if "norm" in path[-1].key:
-            return jnp.ones(shape.shape, shape.dtype)
-        return draw(next(keys), shape.shape, shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, largest.weight_shapes)
-
-
-def pick(weights, shapes):
-    """Returns the part of `weights` that a model has."""
-    layers = tuple(
-        {name: kept[name] for name in w} for w, kept in zip(shapes["layers"], weights["layers"], strict=True)
-    )
-    return {"model": weights["model"], "layers": layers}
-
-
-def random_cache(decoder, point):
-    """Makes a cache whose sequences stand C tokens before its end."""
-    layout = decoder.layout(point.batch, point.context)
-    shapes = caches.cache_shapes(decoder.layers, layout)
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def draw(seed, shape, dtype):
-        # Not by jax.random, whose float32 bits would take more memory than what they become.
-        index = jax.lax.iota(jnp.uint32, int(np.prod(shape))) * jnp.uint32(2654435761) + seed
-        return ((index >> 16).astype(jnp.float32) / 2**15 - 1).astype(dtype).reshape(shape)
-
-    layers = [
-        {name: draw(np.uint32(seed), x.shape, x.dtype) for name, x in layer.items()}
-        for seed, layer in enumerate(shapes.layers)
-    ]
-    return caches.Cache(tuple(layers), clock_of(point), layout)
-
-
-def clock_of(point):
-    """The clock of sequences that stand C tokens before the end of their cache."""
-    length_B = jnp.full(point.batch, point.context - point.fold, jnp.int32)
-    none_B = jnp.zeros(point.batch, jnp.int32)
-    return caches.Clock(length_B, none_B, jnp.zeros_like(none_B), jnp.int32(0), jnp.int32(0))
+        for _ in range(10):
+            x = copy(x)
+        jax.block_until_ready(x)
+        middle = time.perf_counter()
+        jax.block_until_ready([add(x) for _ in range(10)])
+        seconds["copy"].append(middle - start)
+        seconds["sum"].append(time.perf_counter() - middle)
+    return {"copy": 20 * size / min(seconds["copy"]), "sum": 10 * size / min(seconds["sum"])}
 
 
 def measure(model, compiled, weights, point):
-    """Returns milliseconds of a step in each round, sorted."""
+    """Returns milliseconds of a step in each call, sorted."""
     cache = random_cache(model.decoder(point.fold, point.attention), point)
     weights = pick(weights, model.weight_shapes)
-    tokens, key, first = jnp.zeros(point.batch, jnp.int32), jax.random.key(0), jnp.int32(0)
-    times = []
-    for _ in range(1 + ROUNDS):
-        clocks = [clock_of(point) for _ in range(CALLS)]
-        jax.block_until_ready((cache, clocks))
-        start = time.perf_counter()
-        for clock in clocks:
-            out, cache = compiled(weights, dataclasses.replace(cache, clock=clock), tokens, key, first)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / CALLS / point.fold * 1e3)
-    return sorted(times[1:])
+    tokens, keys, first = jnp.zeros(point.batch, jnp.int32), keys_of(point), jnp.int32(0)
+    clocks = [clock_of(point) for _ in range(2 + CALLS)]
+    jax.block_until_ready((cache, clocks, tokens, keys))
+    ended, before = [], None
+    for clock in clocks:
+        out, cache = compiled(weights, dataclasses.replace(cache, clock=clock), tokens, keys, first)
+        if before is not None:
+            before.block_until_ready()
+            ended.append(time.perf_counter())
+        before = out
+    jax.block_until_ready(out)
+    return sorted((end - start) / point.fold * 1e3 for start, end in itertools.pairwise(ended))
 
 
-def entry(model, point, milliseconds, copied, compile_seconds):
+def entry(model, point, milliseconds, bytes_per_second, compile_seconds):
     """Returns a point's JSON object."""
     median = statistics.median(milliseconds)
     bound = model.bound_bytes(point)
@@ -315,7 +307,7 @@ def entry(model, point, milliseconds, copied, compile_seconds):
         "tokens_per_second": point.batch / median * 1e3,
         "cache_bytes_per_sequence": model.cache_bytes(point),
         "bound_bytes": bound,
-        "bound_share": bound / copied / median * 1e3,
+        "bound_share": bound / bytes_per_second / median * 1e3,
         "compile_seconds": compile_seconds,
     }
 
@@ -349,40 +341,36 @@ def tables(result):
             ]
         )
     header = ["model", "context", "batch", "C", "attention", "ms a step", "tokens/s", "caches", "of the bound"]
+    kinds = ("measured", "formula")
     figure = [
-        [f"{e['context']:,}", str(e["batch"]), f"{e['measured']:.1%}", f"{e['formula']:.1%}"]
-        for e in result["figure_7"]
+        [f"{e['context']:,}", str(e["batch"]), str(e["fold"]), e["attention"], *(f"{e[n]:.1%}" for n in kinds)]
+        for e in result.get("figure_7", [])
     ]
-    title = "Share of a step that a window of 512 saves against one of 4096 (Figure 7)"
-    return "\n\n".join(
-        [table(header, rows), title, table(["context", "batch", "C", "attention", "measured", "formula"], figure)]
-    )
+    title = f"Share of a step that {NARROW} saves against {WIDE} (Figure 7)"
+    return "\n\n".join([table(header, rows), title, table(["context", "batch", "C", "attention", *kinds], figure)])
 
 
-def figure_7(models, found, copied, flops):
-    """Compares rattention:512 with swa:4096 wherever both were timed at the same C, context and batch."""
-    ours, theirs = "rattention:512", "swa:4096"
-    if not {ours, theirs} <= models.keys():
-        return []
+def figure_7(models, found, bytes_per_second, flops):
+    """Compares NARROW with WIDE wherever both were timed at the same C, context and batch."""
     times = {
         Point(**{f.name: e[f.name] for f in dataclasses.fields(Point)}): e["milliseconds"]["median"] for e in found
     }
     result = []
     for point, milliseconds in times.items():
-        peer = dataclasses.replace(point, model=theirs)
-        if point.model != ours or peer not in times:
+        peer = dataclasses.replace(point, model=WIDE)
+        if point.model != NARROW or peer not in times:
             continue
-        seconds = [formula_seconds(models[p.model], p, copied, flops) for p in (point, peer)]
+        seconds = [formula_seconds(models[p.model], p, bytes_per_second, flops) for p in (point, peer)]
         saved = {"measured": 1 - milliseconds / times[peer], "formula": 1 - seconds[0] / seconds[1]}
         result.append(dataclasses.asdict(point) | saved)
     return sorted(result, key=lambda e: (e["context"], e["batch"]))
 
 
-def formula_seconds(model, point, bandwidth, flops):
+def formula_seconds(model, point, bytes_per_second, flops):
     """The paper's step time: keys, values and states at the bandwidth, weights at the bandwidth or the FLOP/s."""
     parameters = parameter_count(model.spec.shapes)
-    return point.batch * model.cache_bytes(point) / bandwidth + max(
-        2 * point.batch * parameters / (flops or float("inf")), 2 * parameters / bandwidth
+    return point.batch * model.cache_bytes(point) / bytes_per_second + max(
+        2 * point.batch * parameters / (flops or float("inf")), 2 * parameters / bytes_per_second
     )
 
 

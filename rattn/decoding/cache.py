@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from kernels_pallas.residual_linear_attention import residual_linear_state
 from kernels_pallas.residual_linear_attention.feature_map import feature_dim
 from rattn.decoding.layers import LayerSpec, Weights, linear_key
+from rattn.errors import UserError, nearest
 from rattn.sharding import Sharding
 
 LayerCache = dict[str, jax.Array]
+# Bytes of an element, by the dtype that states may have.
+STATE_ITEMSIZES = {"float32": 4, "bfloat16": 2}
 LAYER_CACHE_DIMS = {
     "k_BKSH": ("batch", "kv_heads", None, "head_dim"),
     "v_BKSH": ("batch", "kv_heads", None, "head_dim"),
@@ -89,6 +92,15 @@ class Cache:
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
 
 
+def check_options(fold_tokens: int, state_dtype: str) -> None:
+    """Raises UserError for a C or a dtype of states that no cache has."""
+    if fold_tokens < 1:
+        raise UserError(f"fold_tokens is {fold_tokens}; give the steps between two folds, at least 1.")
+    if state_dtype not in STATE_ITEMSIZES:
+        known = " or ".join(STATE_ITEMSIZES)
+        raise UserError(f"state_dtype is {state_dtype!r}{nearest(state_dtype, STATE_ITEMSIZES)}; use {known}.")
+
+
 def layer_cache_shapes(layer: LayerSpec, layout: CacheLayout) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a layer's arrays."""
     B, K, H = layout.batch, layer.kv_heads, layer.head_dim
@@ -132,8 +144,8 @@ def empty_cache(layers: tuple[LayerSpec, ...], layout: CacheLayout, sharding: Sh
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the arrays of all layers, summed."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+    """Bytes of the arrays of all layers, or of their shapes, summed."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
 
 
 def slots_of_age(ages: jax.Array, steps: jax.Array, slots: int) -> jax.Array:

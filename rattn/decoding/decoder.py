@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rattn.accounting import FOLD_TOKENS
+from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
 from rattn.decoding import layers, prefill, step
 from rattn.decoding.cache import Cache, CacheLayout
@@ -53,10 +53,7 @@ class Decoder:
             raise UserError(
                 f"Decoding runs on a mesh with seq={sharding.mesh.shape['seq']}; use 1: a token cannot be cut."
             )
-        if fold_tokens < 1:
-            raise UserError(f"fold_tokens is {fold_tokens}; give the steps between two folds, at least 1.")
-        if state_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"state_dtype is {state_dtype!r}; use float32 or bfloat16.")
+        caches.check_options(fold_tokens, state_dtype)
         if attention not in ATTENTIONS:
             raise UserError(
                 f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {' or '.join(ATTENTIONS)}."
@@ -90,7 +87,7 @@ class Decoder:
         """Allocates a cache for `batch` sequences of up to `capacity` tokens, prompt and output.
 
         Raises:
-          UserError: the mesh does not divide the batch.
+          UserError: the mesh does not divide the batch, or the devices have no room for the cache.
         """
         rows = self.row_multiple
         if batch % rows or batch < 1 or capacity < 1:
@@ -98,7 +95,17 @@ class Decoder:
                 f"The cache is for {batch} sequences of {capacity} tokens; give at least 1 of each, and a multiple of "
                 f"the {rows} devices that sequences are spread over."
             )
-        return caches.empty_cache(self.layers, self.layout(batch, capacity), self.sharding)
+        layout = self.layout(batch, capacity)
+        try:
+            return jax.block_until_ready(caches.empty_cache(self.layers, layout, self.sharding))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size = readable_bytes(caches.cache_bytes(caches.cache_shapes(self.layers, layout)))
+            raise UserError(
+                f"A cache for {batch} sequences of {capacity} tokens takes {size}, which the device has no room for; "
+                "take fewer sequences at a time or fewer tokens."
+            ) from None
 
     @property
     def row_multiple(self) -> int:
@@ -127,11 +134,13 @@ class Decoder:
           x_BTD, from which `logits` makes logits_BTV (those of padding mean nothing), and the cache.
 
         Raises:
-          UserError: the cache is for another window or another batch, or too short.
+          UserError: the cache is for another window or another batch, or too short; counts that cannot be.
         """
         B, T = tokens_BT.shape
         counts_B = np.full(B, T, np.int32) if counts_B is None else np.asarray(counts_B, np.int32)
         self._check(cache, B)
+        if counts_B.min() < 0 or counts_B.max() > T:
+            raise UserError(f"counts_B is {counts_B.tolist()} and rows have {T} tokens; give 0 to {T} for each row.")
         held = np.asarray(cache.clock.length_B)
         if (held + counts_B).max() > cache.layout.capacity:
             raise UserError(
@@ -139,7 +148,8 @@ class Decoder:
                 f"{cache.layout.capacity}; allocate a longer cache or cut the prompt."
             )
         # A power of two, so that few lengths are compiled.
-        history = min(int(2 ** np.ceil(np.log2(held.max()))) if held.max() else 0, cache.layout.capacity)
+        most = int(held.max())
+        history = min(1 << (most - 1).bit_length(), cache.layout.capacity) if most else 0
         chunk = self._begin_chunk(cache.clock, counts_B, segment_ids_BT, T=T)
         x_BTD = self._embed(weights["model"], tokens_BT)
         kept = []
@@ -168,17 +178,31 @@ class Decoder:
         weights: dict[str, Any],
         cache: Cache,
         tokens_B: np.ndarray | jax.Array,
-        key: jax.Array,
+        keys_B: jax.Array,
         first: int,
         sampling: Sampling,
     ) -> tuple[jax.Array, Cache]:
-        """Samples C tokens of every sequence on the device; see `rattn.decoding.step.sampled_steps`.
+        """Samples C tokens of every sequence on the device.
 
         The cache drops what is past its capacity, as in `step`.
+
+        Args:
+          weights: what `weights` returned.
+          cache: as `prefill` or this function returned it, not `step`: all states must have caught up.
+          tokens_B: int32, each sequence's newest token, which is not in the cache yet.
+          keys_B: of each sequence's draws.
+          first: how many tokens were sampled before.
+          sampling: how.
+
+        Returns:
+          int32 tokens [B, C], and the cache with all but the last of them.
+
+        Raises:
+          UserError: the cache is for another window or another batch.
         """
         self._check(cache, len(tokens_B))
         run = self.compiled("sample", cache.layout, sampling)
-        return run(weights, cache, tokens_B, key, np.int32(first))
+        return run(weights, cache, tokens_B, keys_B, np.int32(first))
 
     def _compiled(self, what: str, layout: CacheLayout, *rest: Any) -> Any:
         """Makes a jitted function of a cache layout, in which the cache is donated and comes back as it lay.

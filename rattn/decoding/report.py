@@ -1,11 +1,13 @@
 """What a sequence's cache takes, by context length, beside the same model with full and with plain window layers."""
 
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from rattn.accounting import FOLD_TOKENS, cache_bytes_per_sequence, readable_bytes
+from rattn.accounting import FOLD_TOKENS, cache_bytes_per_sequence, compute_itemsize, readable_bytes
 from rattn.config import set_mixer
+from rattn.decoding.cache import STATE_ITEMSIZES, check_options
 from rattn.planning.report import table
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -14,70 +16,60 @@ PEER_WINDOW = 4096
 LONGEST = 2**24
 
 
-def text(config: ConfigDict, *, fold_tokens: int = FOLD_TOKENS, state_itemsize: int = 4) -> str:
-    """Returns the tables of `python -m rattn.generate --report`; keys and values are bfloat16.
+def text(config: ConfigDict, *, fold_tokens: int = FOLD_TOKENS, state_dtype: str = "float32") -> str:
+    """Returns the tables of `python -m rattn.generate --report`.
 
     Args:
-      config: whose model is asked about.
+      config: whose model is asked about; keys and values have its compute dtype.
       fold_tokens: C of the decoder.
-      state_itemsize: bytes of an element of the state, as allocated.
+      state_dtype: "float32" or "bfloat16", of the states as allocated.
+
+    Raises:
+      UserError: a C or a dtype that no cache has.
     """
+    check_options(fold_tokens, state_dtype)
+    cache_itemsize = compute_itemsize(config.model)
 
-    def sizes(context_length: int, **changes: int) -> dict[str, int]:
-        options = {"fold_tokens": fold_tokens, "state_itemsize": state_itemsize} | changes
-        return cache_bytes_per_sequence(config.model, context_length, **options)
+    def sizes(length: int, of: ConfigDict = config, fold: int = fold_tokens, state: str = state_dtype) -> dict:
+        return cache_bytes_per_sequence(
+            of.model, length, fold_tokens=fold, cache_itemsize=cache_itemsize, state_itemsize=STATE_ITEMSIZES[state]
+        )
 
-    def ours(context_length: int) -> int:
-        return sum(sizes(context_length).values())
+    def total(*args: Any, **options: Any) -> int:
+        return sum(sizes(*args, **options).values())
 
     peers = {"full": _peer(config, "full"), f"swa {PEER_WINDOW}": _peer(config, "swa")}
     lengths = sorted({*CONTEXTS, config.context_length})
-    kinds = list(sizes(lengths[0]))
-    window = config.model.window
-    by_kind = [
-        [
-            f"{length:,}",
-            *(readable_bytes(size) for size in sizes(length).values()),
-            readable_bytes(ours(length)),
-            *(readable_bytes(peer(length)) for peer in peers.values()),
-        ]
-        for length in lengths
-    ]
-    saved = []
+    by_kind, saved = [], []
     for length in lengths:
-        full = peers["full"](length)
-        whole = {
-            "bf16": sizes(length, fold_tokens=0, state_itemsize=2),
-            "f32": sizes(length, fold_tokens=0, state_itemsize=4),
-        }
-        kept = whole["f32"]
-        parts = [kept["full"] + kept["window"], *(sum(kinds.values()) for kinds in whole.values()), ours(length)]
-        saved.append([f"{length:,}", *(f"{1 - part / full:.2%}" for part in parts)])
-    meets = [f"  {_meeting(ours, peer, name)}" for name, peer in peers.items()]
+        row = [*sizes(length).values(), total(length), *(total(length, of=peer) for peer in peers.values())]
+        by_kind.append([f"{length:,}", *map(readable_bytes, row)])
+        alone = sizes(length)["full"] + sizes(length)["window"]
+        kept = [alone, *(total(length, fold=0, state=dtype) for dtype in ("bfloat16", "float32")), total(length)]
+        saved.append([f"{length:,}", *(f"{1 - part / total(length, of=peers['full']):.2%}" for part in kept)])
+    meets = []
+    for name, peer in peers.items():
+        length = crossing(total, lambda length, peer=peer: total(length, of=peer))
+        meets.append(f"  against {name}: " + (f"{length:,} tokens" if length else "never"))
+    allocated = f"as allocated, C = {fold_tokens}"
     return "\n\n".join(
         [
-            f"Cache of one sequence, window {window}, C = {fold_tokens}: bf16 keys and values, "
-            f"{8 * state_itemsize}-bit state",
-            table(["context", *kinds, "sum", *(f"all {name}" for name in peers)], by_kind),
+            f"Cache of one sequence, window {config.model.window}, C = {fold_tokens}: keys and values in "
+            f"{config.model.compute_dtype}, states in {state_dtype}\n"
+            "(full: of full layers; window: the newest W of the others; pending: C that await the state; "
+            "as …: with other local layers)",
+            table(["context", *sizes(lengths[0]), "total", *(f"as {name}" for name in peers)], by_kind),
             "Saved against full attention in the same model",
-            table(
-                ["context", "window alone", "+ bf16 state", "+ float32 state", f"as allocated, C = {fold_tokens}"],
-                saved,
-            ),
+            table(["context", "window alone", "+ bf16 state", "+ float32 state", allocated], saved),
             "\n".join(["From which context on the cache is the smaller one", *meets]),
         ]
     )
 
 
-def _peer(config: ConfigDict, mixer: str) -> Callable[[int], int]:
+def _peer(config: ConfigDict, mixer: str) -> ConfigDict:
     peer = set_mixer(config.copy_and_resolve_references(), mixer)
     peer.model.window = PEER_WINDOW
-    return lambda context_length: sum(cache_bytes_per_sequence(peer.model, context_length).values())
-
-
-def _meeting(ours: Callable[[int], int], peer: Callable[[int], int], name: str) -> str:
-    length = crossing(ours, peer)
-    return f"against {name}: " + (f"{length:,} tokens" if length else "never")
+    return peer
 
 
 def crossing(ours: Callable[[int], int], peer: Callable[[int], int], longest: int = LONGEST) -> int | None:

@@ -34,8 +34,15 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; give a probability above 0 and at most 1.")
 
 
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns int32 [B] tokens; row b draws with `fold_in(key, b)`, whatever the other rows are."""
+def sample(logits_BV: jax.Array, keys_B: jax.Array, place: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns int32 [B] tokens; the draw of a row is a function of its logits, its key and `place` alone.
+
+    Args:
+      logits_BV: float32.
+      keys_B: of each row's draws.
+      place: int32, how many tokens these keys have drawn before.
+      sampling: how.
+    """
     logits_BV = logits_BV[:, : sampling.ids or None]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -48,8 +55,7 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
         probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
         logits_BV = jnp.where(before_BV < sampling.top_p, logits_BV, -jnp.inf)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits_BV.shape[0]))
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+    drawn_B = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, place), row))(keys_B, logits_BV)
     if ids_BV is not None:
         drawn_B = jnp.take_along_axis(ids_BV, drawn_B[:, None], axis=-1)[:, 0]
     return drawn_B.astype(jnp.int32)

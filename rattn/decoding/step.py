@@ -79,7 +79,7 @@ def sampled_steps(
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
-    key: jax.Array,
+    keys_B: jax.Array,
     first: jax.Array,
     *,
     sampling: Sampling,
@@ -94,8 +94,8 @@ def sampled_steps(
       weights: the model's.
       cache: in which the states have caught up.
       tokens_B: int32, each sequence's newest token, which is not in the cache yet.
-      key: of the draws.
-      first: int32, how many tokens were sampled before: the draw of token n is a function of (key, n, row) alone.
+      keys_B: of each sequence's draws.
+      first: int32, how many tokens were sampled before: the draw of token n is a function of a sequence's key and n.
       sampling: how.
       steps: how many.
 
@@ -109,7 +109,7 @@ def sampled_steps(
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
         logits_BV, after = step(layers, model, kernel, weights, Cache(whole, clock, cache.layout), tokens_B)
-        tokens_B = sample(logits_BV, jax.random.fold_in(key, first + index), sampling)
+        tokens_B = sample(logits_BV, keys_B, first + index, sampling)
         rings = tuple({name: x for name, x in kept.items() if name != "state_BKPH"} for kept in after.layers)
         return (rings, after.clock, tokens_B), tokens_B
 

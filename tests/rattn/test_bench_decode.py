@@ -4,22 +4,42 @@ import argparse
 import json
 import sys
 
+import jax
 import pytest
 
 from rattn import accounting
 from scripts import bench_decode, plot_decode
 
 
-def test_it_times_a_point_and_draws_it(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "decode.json"
-    line = ["--recipe", "tests/recipes/miniature.py", "--models", "rattention:8", "--contexts", "24", "--batches", "2"]
-    line += ["--fold", "4", "--copy_gib", "0.001", "--memory_gib", "1", "--threads", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_decode", *line])
+def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
+    """Of three models, one does not compile and one is too large for its first batch."""
+    out, compiled, measure = tmp_path / "decode.json", bench_decode.Model.compiled, bench_decode.measure
+
+    def not_full(model, point):
+        if point.model == "full":
+            raise ValueError("no such thing\nin detail")
+        return compiled(model, point)
+
+    def not_four(model, run, weights, point):
+        if point.batch == 4 and point.model == bench_decode.WIDE:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return measure(model, run, weights, point)
+
+    monkeypatch.setattr(bench_decode.Model, "compiled", not_full)
+    monkeypatch.setattr(bench_decode, "measure", not_four)
+    line = ["--recipe", "tests/recipes/miniature.py", "--models", "full", "swa:4096", "rattention:512"]
+    line += ["--contexts", "24", "--batches", "4", "3", "--fold", "4", "--copy_gib", "0.001", "--memory_gib", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_decode", *line, "--threads", "2", "--out", str(out)])
     bench_decode.main()
-    (point,) = json.loads(out.read_text())["points"]
-    assert (point["model"], point["context"], point["batch"], point["fold"]) == ("rattention:8", 24, 2, 4)
-    assert point["tokens_per_second"] == pytest.approx(2e3 / point["milliseconds"]["median"])
-    assert "rattention:8, context 24, batch 2, C = 4, xla: " in capsys.readouterr().out
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    places = [(point["model"], point["context"], point["batch"], point["fold"]) for point in result["points"]]
+    assert places == [("rattention:512", 24, 4, 4), ("swa:4096", 24, 3, 4), ("rattention:512", 24, 3, 4)]
+    for point in result["points"]:
+        assert point["tokens_per_second"] == pytest.approx(point["batch"] * 1e3 / point["milliseconds"]["median"])
+    assert "full, context 24, batch 4, C = 4, xla: ValueError no such thing\n" in said
+    assert "swa:4096, context 24, batch 4, C = 4, xla: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
+    assert [(gain["context"], gain["batch"]) for gain in result["figure_7"]] == [(24, 3)]
+    assert said.rstrip().splitlines()[-1].split()[:4] == ["24", "3", "4", "xla"]
     monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
     plot_decode.main()
     assert (tmp_path / "decode.png").stat().st_size > 10_000
@@ -51,7 +71,8 @@ def test_bound_bytes_by_hand(models):
     model, point = models["rattention:512"], bench_decode.Point("rattention:512", 4096, 32, 16, "xla")
     matrices = 56 * (2048 * (16 + 8) * 128 + 16 * 128 * 2048 + 3 * 2048 * 6656) + 131072 * 2048
     token = 2 * 4 * 128 * 2
-    sequence = 14 * 4096 * token + 42 * 512 * token + 56 * token + 42 * 4 * 256 * 128 * 4 * (1 + 2 / 16)
+    # Sequences have 4088 tokens in the middle of a call.
+    sequence = 14 * 4088 * token + 42 * 512 * token + 56 * token + 42 * 4 * 256 * 128 * 4 * (1 + 2 / 16)
     assert model.bound_bytes(point) == 2 * matrices + 32 * sequence
     parts = accounting.decode_bytes(model.model, model.spec, 4096, fold_tokens=16)
     assert parts["weights"] == 2 * matrices

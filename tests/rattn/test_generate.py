@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from rattn.config import load_config, validate
-from rattn.data.vocabulary import SentencePieceVocabulary, load_vocabulary, train_sentencepiece
+from rattn.data.vocabulary import SentencePieceVocabulary, train_sentencepiece
 from rattn.decoding import report
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError
 from rattn.generate import Generator, Piece, on_devices, show
-from rattn.model.parameters import initial_parameters, model_spec
+from rattn.model.parameters import model_spec
 from rattn.restore import parameters_of
 
 GREEDY = Sampling(temperature=0.0)
-PROMPTS = ["Fellow-citizens of the Senate", "The", "It is my duty to communicate to you"]
+# The longest is two pieces of 16 tokens; batches of three and their shapes are compiled once for most tests.
+PROMPTS = ["Fellow-citizens of the Senate", "The", "It is my duty to tell you"]
 
 
 def command(*arguments, code="import runpy; runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"):
@@ -32,7 +33,7 @@ def command(*arguments, code="import runpy; runpy.run_module('rattn.generate', r
 
 @pytest.fixture(scope="module")
 def generator(whole):
-    return Generator.from_checkpoint(whole[0], prefill_tokens=64)
+    return Generator.from_checkpoint(whole[0])
 
 
 def test_the_command_prints_every_prompt_and_imports_no_tensorflow(whole, generator):
@@ -42,21 +43,29 @@ def test_the_command_prints_every_prompt_and_imports_no_tensorflow(whole, genera
         "atexit.register(lambda: print(sorted(n for n in names if n in sys.modules), file=sys.stderr))\n"
         "runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"
     )
-    prompts = [argument for prompt in PROMPTS[:2] for argument in ("--prompt", prompt)]
+    prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
     done = command("--checkpoint", str(whole[0]), *prompts, "--max_tokens", "20", "--greedy", code=code)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
-    completions = generator.generate(PROMPTS[:2], max_tokens=20, sampling=GREEDY)
-    expected = [f"── prompt {i} ──\n{PROMPTS[i]}{completions[i].text} …\n" for i in range(2)]
+    completions = generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)
+    expected = [f"── prompt {i} ──\n{PROMPTS[i]}{completions[i].text} …\n" for i in range(3)]
     assert done.stdout == "".join(expected)
-    assert [len(completion.ids) for completion in completions] == [20, 20]
+    assert [len(completion.ids) for completion in completions] == [20] * 3
 
 
 def test_greedy_text_does_not_depend_on_the_batch_or_on_how_a_prompt_is_cut(whole, generator, miniature):
     together = [completion.ids for completion in generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)]
-    # Pieces of 16 tokens, in a batch of two and a batch of one.
-    cut = Generator.from_checkpoint(whole[0], prefill_tokens=16, batch_size=2)
-    assert [completion.ids for completion in cut.generate(PROMPTS, max_tokens=20, sampling=GREEDY)] == together
+    # Pieces of 16 tokens, each prompt alone.
+    cut = Generator.from_checkpoint(whole[0], prefill_tokens=16, batch_size=1)
+    alone = cut.generate([PROMPTS[0], PROMPTS[2]], max_tokens=20, sampling=GREEDY)
+    assert [completion.ids for completion in alone] == [together[0], together[2]]
+    # Draws as well follow from the seed and the prompt's place in the list.
+    for seed in range(5):
+        one, three = (
+            g.generate([PROMPTS[0], PROMPTS[2], "The"][:n], max_tokens=1, seed=seed)
+            for g, n in ((cut, 2), (generator, 3))
+        )
+        assert [completion.ids for completion in one] == [completion.ids for completion in three[:2]]
     # And it is what training's forward pass finds best; nowhere are the two best within 1e-4 of scale.
     config = miniature()
     spec = model_spec(config.model)
@@ -78,18 +87,17 @@ def test_draws_follow_the_seed(generator):
 
     assert texts(0) == texts(0)
     assert texts(0) != texts(1)
-    assert len(set(texts(0, ["The"] * 3))) == 3
+    assert len(set(texts(0, [PROMPTS[0]] * 3))) == 3
 
 
-def test_eos_ends_a_text(miniature):
-    """Weights whose best token is always EOS."""
-    model = miniature().model
-    parameters = initial_parameters(model, 0)
-    parameters["embedding_VD"] = jnp.zeros_like(parameters["embedding_VD"]).at[1].set(1.0).at[69].set(1.0)
-    parameters["embedding_VD"] = parameters["embedding_VD"].at[69].multiply(0.5)
-    generator = Generator(model, parameters, load_vocabulary("bytes"))
-    (completion,) = generator.generate(["B"], max_tokens=5, sampling=GREEDY)
-    assert (completion.ended, completion.ids, completion.text) == (True, [], "")
+def test_eos_ends_a_text(generator, monkeypatch):
+    """At once in the first prompt, inside the tokens of a call in the second, never in the third."""
+    first, following = np.array([1, 100, 101]), np.array([[102] * 16, [103, 104, 1, *[105] * 13], [106] * 16])
+    monkeypatch.setattr(generator, "_sample", lambda *_, **__: first)
+    monkeypatch.setattr(generator.decoder, "sample", lambda weights, cache, *_: (following, cache))
+    found = generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)
+    assert [(c.ended, c.ids) for c in found] == [(True, []), (True, [100, 103, 104]), (False, [101, *[106] * 19])]
+    assert [c.text for c in found] == ["", "ade", "b" + "g" * 19]
 
 
 def test_one_prompt_is_shown_after_the_other(capsys):
@@ -138,6 +146,15 @@ def test_mistakes_get_a_sentence(generator, whole, tmp_path):
     refuse([[5, 2]], r"Prompt 0 holds a token that the vocabulary does not know, after '\\x02'")
     refuse(["a", ""], r"Prompt 1 is empty")
     refuse(["a"], r"max_tokens is 0", max_tokens=0)
+    refuse("abc", r"prompts is one text, 'abc'; give a list of texts")
+    refuse(["a\udcff"], r"Prompt 0 holds '\\udcff', which is no character")
+    refuse(["a"], r"The seed is -1; give a number from 0 to 4294967295", seed=-1)
+    with pytest.raises(UserError, match="max_tokens is 0"):  # Before the first piece is asked for.
+        generator.stream(["a"], max_tokens=0)
+    with pytest.raises(UserError, match="fold_tokens is -3; give the steps"):
+        report.text(load_config("configs/rattn_3b.py"), fold_tokens=-3)
+    with pytest.raises(UserError, match="state_dtype is 'float16', did you mean 'bfloat16'"):
+        report.text(load_config("configs/rattn_3b.py"), state_dtype="float16")
     (tmp_path / "config.json").write_text((whole[0] / "config.json").read_text())
     with pytest.raises(UserError, match=r"There are no checkpoints in"):
         Generator.from_checkpoint(tmp_path)
@@ -146,12 +163,12 @@ def test_mistakes_get_a_sentence(generator, whole, tmp_path):
 
 
 def test_the_window_may_be_another(whole, generator):
-    wide, row = Generator.from_checkpoint(whole[0], window=64), generator.vocabulary.encode(PROMPTS[2])
-    tokens = np.asarray([row], np.int32)
+    wide, row = Generator.from_checkpoint(whole[0], window=64), generator.vocabulary.encode(PROMPTS[2] + "what")
+    tokens = np.asarray([row[:32]] * 3, np.int32)
     last = []
     for one in (generator, wide):
-        x_BTD, _ = one.decoder.prefill(one._weights, one.decoder.empty_cache(1, 64), tokens)
-        last.append(np.asarray(one.decoder.logits(one._weights, x_BTD))[0])
+        x_BTD, _ = one.decoder.prefill(one.weights, one.decoder.empty_cache(3, 128), tokens)
+        last.append(np.asarray(one.decoder.logits(one.weights, x_BTD))[0])
     # The windows are 8 and 64: what they see parts at the ninth token.
     np.testing.assert_allclose(last[0][:8], last[1][:8], atol=1e-5)
     assert np.abs(last[0][8:] - last[1][8:]).max(axis=-1).min() > 1e-3
@@ -167,5 +184,5 @@ def test_pieces_of_a_sentencepiece_model_are_known():
 def test_a_recipe_has_no_weights():
     done = command("--config", "configs/tiny.py", "--prompt", "x")
     assert done.returncode == 1
-    assert "--config is 'tiny', which has no weights; give --checkpoint alone, or add --report." in done.stderr
+    assert "--config is 'tiny', which has no weights; give --checkpoint, or add --report." in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,6 +16,10 @@ from rattn.generate import on_devices
 from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
 
 
+def keys(batch):
+    return jax.random.split(jax.random.key(0), batch)
+
+
 def test_a_cache_takes_what_the_formula_says(miniature):
     mini = miniature(fold_tokens=5)
     for capacity in (2, 24):
@@ -47,7 +51,7 @@ def test_a_step_copies_no_cache_and_no_state(miniature):
     cache = cache_shapes(mini.decoder.layers, layout)
     run = mini.decoder.compiled("sample", layout, Sampling(0.0))
     tokens, first = jax.ShapeDtypeStruct((3,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-    compiled = run.lower(mini.weights, cache, tokens, jax.random.key(0), first).compile()
+    compiled = run.lower(mini.weights, cache, tokens, keys(3), first).compile()
     # A linear layer's ring has only the C keys that a step reads anyway.
     kept = [x for layer, x in zip(mini.decoder.layers, cache.layers, strict=True) if layer.kind != "linear"]
     shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(kept)}
@@ -63,7 +67,7 @@ def test_sharded_decoding_equals_training_on_one_device():
     rows = [TOKENS[row % 3, : 3 + row].tolist() for row in range(8)]
     logits, cache = mini.chunk(mini.decoder.empty_cache(8, 24), rows, 10)
     given = np.array([TOKENS[row % 3, 3 + row] for row in range(8)])
-    sampled, cache = mini.decoder.sample(mini.weights, cache, given, jax.random.key(0), 0, Sampling(0.0))
+    sampled, cache = mini.decoder.sample(mini.weights, cache, given, keys(8), 0, Sampling(0.0))
     # 4 devices along the sequences, 2 along the heads: an eighth of every array on each.
     for leaf in jax.tree.leaves(cache.layers):
         assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
@@ -90,6 +94,10 @@ def test_what_does_not_fit_gets_a_sentence(miniature):
         Decoder(wide, on_devices(1, 1)).step(mini.weights, cache, TOKENS[:, 0])
     with pytest.raises(UserError, match=r"There are 2 rows of tokens and the cache was allocated for 3 sequences"):
         mini.decoder.step(mini.weights, cache, TOKENS[:2, 0])
+    with pytest.raises(UserError, match=r"counts_B is \[4, 9, 1\] and rows have 8 tokens; give 0 to 8"):
+        mini.decoder.prefill(mini.weights, cache, TOKENS[:, :8], np.array([4, 9, 1]))
+    with pytest.raises(UserError, match=r"3 sequences of 10{12} tokens takes .* GiB, which the device has no room"):
+        mini.decoder.empty_cache(3, 10**12)
     with pytest.raises(UserError, match=r"multiple of the 8 devices"):
         Decoder(mini.model, on_devices(8, 1)).empty_cache(3, 8)
     with pytest.raises(UserError, match=r"vocab=11, which mesh axis 'model' of 2 does not divide"):

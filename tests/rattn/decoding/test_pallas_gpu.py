@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernels_pallas.residual_linear_attention.feature_map import features
 from rattn.decoding import pallas_gpu
 from rattn.model.layers import rms_norm, rope_angles, rotate
-from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
+from tests.rattn.decoding import test_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -90,17 +90,6 @@ def test_keys_as_projected_and_the_linear_branch():
     assert_within_rounding(linear, wanted)
 
 
-def test_a_model_decodes_with_the_kernel_as_it_was_trained():
-    """To the bound that `test_bfloat16_stays_within_its_rounding` derives."""
-    mini = Miniature(5, attention="pallas_gpu", layers=2, head_dim=32, compute_dtype="bfloat16", **TWO_MIXERS)
-    _, cache = mini.chunk(mini.decoder.empty_cache(2, 24), [TOKENS[0, :9].tolist(), TOKENS[1, :5].tolist()], 10)
-    steps = np.stack([TOKENS[0, 9:18], TOKENS[1, 5:14]], axis=1)
-    found, wanted = mini.steps(cache, steps)[0], mini.trained(TOKENS[:2])
-    wanted = np.stack([wanted[0, 9:18], wanted[1, 5:14]], axis=1)
-    error = np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
-    assert 0 < error < np.sqrt(2 * 14 * 2) * 2.0**-8 / np.sqrt(3)
-
-
 def test_the_kernel_lowers_for_a_hopper():
     shapes = {
         "q_BKGH": (B, K, 4, 128),
@@ -121,5 +110,5 @@ def test_the_kernel_lowers_for_a_hopper():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_model_decodes_with_the_kernel_as_it_was_trained():
-    test_a_model_decodes_with_the_kernel_as_it_was_trained()
+def test_on_a_gpu_a_model_decodes_with_the_kernel_as_it_was_trained(miniature):
+    test_parity.test_bfloat16_stays_within_its_rounding(miniature, "pallas_gpu")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
+from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS
 
 LENGTHS = (5, 9, 1)
 MODELS = {
@@ -119,7 +119,9 @@ def test_what_padding_holds_is_never_seen(miniature):
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-def test_bfloat16_stays_within_its_rounding():
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("attention", ["xla", "pallas_gpu"])
+def test_bfloat16_stays_within_its_rounding(miniature, attention):
     """Keys, values, states and activations in bfloat16, beside the training forward in bfloat16.
 
     A layer rounds a token's activations about 14 times on the way (two norms, projection, qk-norm, rotation, weights,
@@ -127,7 +129,8 @@ def test_bfloat16_stays_within_its_rounding():
     spread: 2⁻⁸ / √3 root mean square. Both sides round independently, so that R·L roundings each add up to
     √(2·R·L) · 2⁻⁸ / √3.
     """
-    mini = Miniature(5, state_dtype="bfloat16", compute_dtype="bfloat16", layers=2, **TWO_MIXERS)
+    changes = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 32, "mlp_width": 16} | TWO_MIXERS
+    mini = miniature(fold_tokens=5, state_dtype="bfloat16", attention=attention, **changes)
     wanted = mini.trained(TOKENS)
     logits, cache = mini.chunk(mini.decoder.empty_cache(3, 24), prefix(LENGTHS), 10)
     steps, _ = mini.steps(cache, following(LENGTHS, 11))

@@ -13,10 +13,17 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
+draw = jax.jit(sample, static_argnames="sampling")
+
+
+def keys(rows):
+    return jax.random.split(jax.random.key(0), rows)
+
+
 def drawn(sampling, rows=4000):
     """How often each token is drawn."""
     logits = np.broadcast_to(LOGITS, (rows, 5))
-    return np.bincount(np.asarray(sample(logits, jax.random.key(0), sampling)), minlength=5) / rows
+    return np.bincount(np.asarray(draw(logits, keys(rows), 0, sampling)), minlength=5) / rows
 
 
 @pytest.mark.parametrize(
@@ -39,11 +46,15 @@ def test_tokens_are_drawn_as_often_as_they_should(sampling, expected):
     np.testing.assert_array_less(np.abs(found - expected), 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-9)
 
 
-def test_a_row_draws_the_same_whatever_stands_beside_it():
+def test_a_draw_follows_its_key_and_place_alone():
     logits = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
-    draw = [np.asarray(sample(logits[:rows], jax.random.key(3), Sampling())) for rows in (2, 6)]
-    np.testing.assert_array_equal(draw[1][:2], draw[0])
-    assert len(set(draw[1].tolist())) > 2
+
+    def of(rows, place=0):
+        return np.asarray(draw(logits[rows], keys(6)[rows], place, Sampling())).tolist()
+
+    assert of(slice(2, 4)) == of(slice(6))[2:4]
+    assert of(slice(6)) != of(slice(6), place=1)
+    assert len(set(of(slice(6)))) > 2
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,16 @@ def test_pieces_of_text_never_change():
         said += piece
         assert text.startswith(said)
     assert said + stream.push([], last=True) == text
+
+
+def test_a_space_after_the_prompt_is_text():
+    words = load_vocabulary("ids:20")
+    stream = TextStream(words, [7, 8])
+    assert [stream.push([9], last=False), stream.push([10], last=True)] == [" 9", " 10"]
+    # A prompt that stops inside a character: what completes it is the first text.
+    letters = load_vocabulary("bytes")
+    ids = letters.encode("a😀b")
+    assert TextStream(letters, ids[:3]).push(ids[3:], last=True) == "😀b"
 
 
 def test_text_that_stops_inside_a_character_ends_in_its_mark():
