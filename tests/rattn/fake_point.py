@@ -1,7 +1,8 @@
 """Stands in for rattn.train and rattn.evaluate in tests of sweeps: `python fake_point.py LOG python -m rattn.train …`.
 
-"Training" takes no time and leaves config.json, metrics.jsonl and an empty checkpoint; "evaluation" makes up losses
-that fall with the window. Each call appends a line to LOG. The environment's FAKE_POINT, "stage:pattern:what", makes a
+"Training" takes no time and leaves config.json (copied from what LOG.configs, a JSON file, holds under the folder's
+name), metrics.jsonl and an empty checkpoint; "evaluation" makes up losses that fall with the window. Each call appends
+a line to LOG. The environment's FAKE_POINT, "stage:pattern:what", makes a
 stage of the points whose folder has the pattern fail with a sentence ("fail"), ask to be started again ("restart"), or
 save half of its steps and end when it is told to ("wait").
 """
@@ -16,16 +17,12 @@ import sys
 import time
 
 
-def train(arguments, fault):
-    from rattn.config import load_config, override, to_json, validate  # Not needed, and slow, for an evaluation.
-
+def train(log, arguments, fault):
     folder = pathlib.Path(arguments[arguments.index("--workdir") + 1])
-    path, _, recipe = arguments[arguments.index("--config") + 1].partition(":")
-    config = load_config(path, recipe)
-    validate(override(config, [argument for argument in arguments if argument.startswith("--config.")]))
-    (folder / "config.json").write_text(json.dumps(to_json(config)))
+    config = json.loads(pathlib.Path(f"{log}.configs").read_text())[folder.name]
+    (folder / "config.json").write_text(json.dumps(config))
     held = [int(path.name) for path in (folder / "checkpoints").glob("*")]
-    last, total = max(held, default=0), config.total_steps
+    last, total = max(held, default=0), config["total_steps"]
 
     def save(step):
         line = {"step": step, "loss": 5.0 - step / total, "tokens_per_second": 1000.0}
@@ -42,13 +39,13 @@ def train(arguments, fault):
         signal.signal(signal.SIGTERM, lambda *_: (save(total // 2), os._exit(75)))
         (folder / "waiting").touch()
         time.sleep(60)
-    for step in (*config.checkpoint.keep_steps, total):
+    for step in (*config["checkpoint"]["keep_steps"], total):
         if step > last:
             save(step)
     return 0
 
 
-def evaluate(arguments, fault):
+def evaluate(log, arguments, fault):
     folder = pathlib.Path(arguments[arguments.index("--checkpoint") + 1])
     if fault == "fail":
         raise RuntimeError("no sentence")
@@ -111,7 +108,7 @@ def made_up(config, lengths=(1, 2)):
         "parameters_by_part": {},
         "tokens_seen": config["total_steps"] * config["batch_size"] * T,
         "epochs": 1.5,
-        "training": speed | {"mfu": 0.4, "logged_steps": 10, "by_window": {}},
+        "training": speed | {"mfu": 0.4, "lines": 10, "by_window": {}},
         "measured": [entry(length) for length in lengths],
     }
 
@@ -124,7 +121,7 @@ def main():
         file.write(f"{stage} {pathlib.Path(folder).name}\n")
     at, pattern, fault = os.environ.get("FAKE_POINT", "::").split(":")
     fault = fault if at == stage and pattern in pathlib.Path(folder).name else ""
-    sys.exit({"train": train, "evaluate": evaluate}[stage](arguments, fault))
+    sys.exit({"train": train, "evaluate": evaluate}[stage](log, arguments, fault))
 
 
 if __name__ == "__main__":

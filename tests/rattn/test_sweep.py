@@ -6,8 +6,11 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import pytest
@@ -65,6 +68,8 @@ def run(tmp_path, monkeypatch):
     def call(sweep, fault="::", workdir="sweep", chosen=None, **options):
         monkeypatch.setenv("FAKE_POINT", fault)
         log.write_text("")
+        configs = {point.name: to_json(point.config) for point in sweep.points}
+        log.with_name("calls.configs").write_text(json.dumps(configs))
         results = Results(tmp_path / workdir)
         launcher = f"{sys.executable} {FAKE} {log} {{command}}"
         points = list(sweep.points) if chosen is None else chosen
@@ -143,11 +148,35 @@ def test_identity_is_of_the_run_and_not_of_where_it_lies(sweep_of):
         ("add(window=4); add(window=4, name='b')", r"'window4' and 'b' resolve to the same config"),
         ("add(init_from='trunc')", r"starts from 'trunc' and no point before it is called so"),
         ("pass", r"adds no points"),
+        (
+            "pass\n    add(mixer=UNKNOWN)",
+            r"sweep.py' fails in line 3: NameError: name 'UNKNOWN' is not defined; mend it",
+        ),
+        ("add(", r"sweep.py' fails in line 2: SyntaxError: '\(' was never closed; mend it"),
     ],
 )
 def test_a_bad_point_gets_a_sentence(sweep_of, body, words):
     with pytest.raises(UserError, match=words):
         sweep_of(f"def sweep(add):\n    {body}\n")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "recipe", "count"),
+    [("window", "small", 38), ("recall", "recall", 36), ("tiny_window", "tiny", 5), ("tiny_recall", "recall", 6)],
+)
+def test_the_sweeps_that_are_here_resolve(sweep, recipe, count):
+    path = f"configs/{recipe}.py"
+    points = load_sweep(f"configs/sweeps/{sweep}.py", path, load_config(path)).points
+    assert len(points) == count
+    if sweep == "window":
+        assert [point.name for point in points[:3]] == ["50M-full-seed0", "50M-full-seed1", "50M-rattention-64-seed0"]
+        branches = [point for point in points if point.trunk]
+        assert {trained_tokens(point) + point.first_step * 2**16 for point in branches} == {3052 * 2**16}
+        assert len(branches) == 19
+        for branch in branches:
+            (trunk,) = (point for point in points if point.name == branch.trunk)
+            assert trunk.config.checkpoint.keep_steps == (branch.config.init_from_step,)
+            assert trunk.config.total_steps - trunk.config.optimizer.decay_steps == branch.first_step
 
 
 def test_only_and_shard_choose_and_branches_stay_with_their_trunk(sweep_of):
@@ -259,16 +288,57 @@ def test_a_budget_starts_nothing_that_would_not_fit(sweep_of, run, monkeypatch):
     assert (status, len(calls)) == (0, 4)
 
 
-def test_a_budget_that_is_over_saves_and_the_next_start_goes_on(sweep_of, run):
+@pytest.mark.parametrize("cause", ["budget", "signal"])
+def test_what_is_told_to_stop_saves_and_the_next_start_goes_on(sweep_of, run, tmp_path, cause):
     sweep = sweep_of(THREE)
-    status, results, calls = run(sweep, "train:window4:wait", budget_seconds=4, cut_points=True)
-    assert status == 75
-    assert calls[-1] == "train seed1-window4-rattention"
-    assert runner_module.latest_step(results.point_folder("seed1-window4-rattention")) == 50
+    folder = tmp_path / "sweep" / "points" / "seed1-window4-rattention"
+
+    def terminate():
+        while not (folder / "waiting").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if cause == "signal":
+        threading.Thread(target=terminate).start()
+    options = {"budget_seconds": 2.0, "cut_points": True} if cause == "budget" else {}
+    status, _, calls = run(sweep, "train:window4:wait", **options)
+    assert (status, calls[-1]) == (75, "train seed1-window4-rattention")
+    assert runner_module.latest_step(folder) == 50
     status, results, calls = run(sweep)
     assert (status, len(results.all())) == (0, 3)
     assert calls[0] == "train seed1-window4-rattention"
     assert results.of(sweep.points[1])["trained_steps"] == 50
+
+
+def test_one_of_several_sweeps_trains_at_a_time(sweep_of, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    sweep = sweep_of(THREE)
+    (tmp_path / "sweep").mkdir()
+    with (tmp_path / "sweep" / "training-3.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(sweep, train_alone=True, budget_seconds=0.3)[::2] == (75, [])
+        assert run(sweep, chosen=[sweep.points[0]])[0] == 0
+        releasing = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
+        releasing.start()
+        assert run(sweep, train_alone=True)[0] == 0
+        releasing.join()
+
+
+def test_what_failed_in_a_sweep_beside_this_one_is_not_tried_again(sweep_of, run):
+    sweep = sweep_of(THREE)
+    _, results, _ = run(sweep, "train:window4:fail", chosen=[sweep.points[1]])
+    (record,) = (results.workdir / "failures").iterdir()
+    os.utime(record, (time.time() + 60, time.time() + 60))
+    status, _, calls = run(sweep)
+    assert (status, len(calls)) == (1, 4)
+    os.utime(record, (0, 0))
+    assert run(sweep)[::2] == (0, [f"{stage} seed1-window4-rattention" for stage in ("train", "evaluate")])
+
+
+def test_a_result_is_in_the_archive_before_the_next_point_begins(sweep_of, run, tmp_path):
+    sweep, archive = sweep_of(THREE), tmp_path / "out" / "all.tar.xz"
+    assert run(sweep, "train:window4:restart", archive=archive)[0] == 75
+    assert Results(tmp_path / "there").merge(archive) == (1, 0, [])
 
 
 def test_a_point_that_another_process_is_at_is_left_to_it(sweep_of, run, tmp_path):
@@ -486,19 +556,15 @@ def test_the_dry_run_counts_what_is_left(sweep_of):
     assert "--topology adds memory and step time" in cost_table(points, {}, None)
 
 
-def test_a_real_sweep_from_command_to_report(tmp_path, stream_folder):
+def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder):
     """Two points; then merged into an empty workdir and reported there."""
-    file, workdir, archive = tmp_path / "sweep.py", tmp_path / "sweep", tmp_path / "all.tar.xz"
-    common = {"steps": 6, "optimizer.warmup_steps": 2, "log.every_steps": 1, "data.path": str(stream_folder)}
-    file.write_text(
-        f"EVALUATION = ('--lengths=1', '--max_tokens=2048')\nCOMMON = {common!r}\n"
-        "def sweep(add):\n    add(mixer='full')\n    add(window=8)\n"
-    )
-    arguments = ["--config", RECIPE, "--sweep", str(file), "--workdir", str(workdir)]
+    workdir, archive = tmp_path / "sweep", tmp_path / "all.tar.xz"
+    arguments = [f"--config={RECIPE}", "--sweep=configs/sweeps/tiny_window.py", f"--workdir={workdir}"]
+    arguments += [f"--config.data.path={stream_folder}", "--only=full-seed0,rattention-window16-seed0"]
     process = command(*arguments, f"--archive={archive}", "--delete_checkpoints", "--noreport")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
-    assert "window8  done" in out
+    assert "rattention-window16-seed0  done" in out
     assert not list(workdir.glob("points/*/checkpoints"))
     process = command("--merge", str(archive), "--workdir", str(tmp_path / "there"), "--report_only")
     out, err = process.communicate(timeout=120)
@@ -508,20 +574,14 @@ def test_a_real_sweep_from_command_to_report(tmp_path, stream_folder):
     assert "full attention ran with a single seed (0)" in text
     with (tmp_path / "there" / "report" / "results.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert {(row["mixer"], row["window"], row["seed"]) for row in rows} == {("full", "", "0"), ("rattention", "8", "0")}
-    assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 9 for row in rows)
+    measured = {(row["mixer"], row["window"], row["length"]) for row in rows}
+    assert measured == {(*model, length) for model in (("full", ""), ("rattention", "16")) for length in "12"}
+    assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 5 for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--workdir=w"], "There is no --config"),
-        (["--workdir=w", f"--config={RECIPE}", "--sweep=configs/sweeps/tiny_windw.py"], "There is no sweep file"),
-    ],
-)
-def test_the_command_answers_in_one_sentence(arguments, words):
-    process = command(*arguments)
+def test_the_command_answers_in_one_sentence():
+    process = command("--workdir=w", f"--config={RECIPE}", "--sweep=configs/sweeps/tiny_windw.py")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith(f"rattn: {words}"), err
+    assert err.startswith("rattn: There is no sweep file"), err
     assert len(err.splitlines()) == 1
