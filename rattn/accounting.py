@@ -225,7 +225,6 @@ def decode_bytes(
     context_length: int,
     *,
     fold_tokens: int = FOLD_TOKENS,
-    itemsize: int = 2,
     state_itemsize: int = FLOAT32_BYTES,
 ) -> dict[str, float]:
     """Bytes that a decode step must read and write: `weights` once a step, all else for each sequence.
@@ -239,9 +238,9 @@ def decode_bytes(
       spec: the model's shapes.
       context_length: tokens of each sequence, the new one included.
       fold_tokens: C.
-      itemsize: bytes of an element of weights, keys and values.
       state_itemsize: bytes of an element of the state.
     """
+    itemsize = compute_itemsize(model)
     seen = cache_bytes_per_sequence(
         model, context_length, fold_tokens=0, cache_itemsize=itemsize, state_itemsize=state_itemsize
     )

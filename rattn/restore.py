@@ -108,8 +108,10 @@ def _open(workdir: epath.PathLike, step: int) -> tuple[Checkpoints, int]:
     steps = checkpoints.steps()
     if not steps or (step and step not in steps):
         checkpoints.close()
-        held = f"it holds {', '.join(map(str, steps))}" if steps else "it holds none"
-        raise UserError(f"There is no checkpoint of step {step or 'any'} in {folder}, {held}; name one of those.")
+        if not steps:
+            raise UserError(f"There are no checkpoints in {folder}; name the workdir of a run that has saved one.")
+        held = ", ".join(map(str, steps))
+        raise UserError(f"There is no checkpoint of step {step} in {folder}, it holds {held}; name one of those.")
     return checkpoints, step or steps[-1]
 
 

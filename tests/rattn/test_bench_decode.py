@@ -12,21 +12,22 @@ from scripts import bench_decode, plot_decode
 
 
 def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
-    """Of three models, one does not compile and one is too large for its first batch."""
+    """One model is timed at 4 sequences; of the others, one does not compile and one has no room for 4."""
     out, compiled, measure = tmp_path / "decode.json", bench_decode.Model.compiled, bench_decode.measure
+    real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "xla")
 
-    def not_full(model, point):
+    def compiled_once(model, point):
         if point.model == "full":
             raise ValueError("no such thing\nin detail")
-        return compiled(model, point)
+        return compiled(model, point) if point == real else None
 
-    def not_four(model, run, weights, point):
+    def measured_once(model, run, weights, point):
         if point.batch == 4 and point.model == bench_decode.WIDE:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return measure(model, run, weights, point)
+        return measure(model, run, weights, point) if point == real else [1.0, 2.0, 3.0]
 
-    monkeypatch.setattr(bench_decode.Model, "compiled", not_full)
-    monkeypatch.setattr(bench_decode, "measure", not_four)
+    monkeypatch.setattr(bench_decode.Model, "compiled", compiled_once)
+    monkeypatch.setattr(bench_decode, "measure", measured_once)
     line = ["--recipe", "tests/recipes/miniature.py", "--models", "full", "swa:4096", "rattention:512"]
     line += ["--contexts", "24", "--batches", "4", "3", "--fold", "4", "--copy_gib", "0.001", "--memory_gib", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_decode", *line, "--threads", "2", "--out", str(out)])

@@ -25,8 +25,8 @@ PROMPTS = ["Fellow-citizens of the Senate", "The", "It is my duty to tell you"]
 
 def command(*arguments, code="import runpy; runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"):
     """Runs `python -m rattn.generate`, warnings being errors."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+    # The devices and flags of these tests, so that it finds what they have compiled.
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     line = [sys.executable, "-W", "error", "-c", code, *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -44,10 +44,10 @@ def test_the_command_prints_every_prompt_and_imports_no_tensorflow(whole, genera
         "runpy.run_module('rattn.generate', run_name='__main__', alter_sys=True)"
     )
     prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+    completions = generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)
     done = command("--checkpoint", str(whole[0]), *prompts, "--max_tokens", "20", "--greedy", code=code)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
-    completions = generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)
     expected = [f"── prompt {i} ──\n{PROMPTS[i]}{completions[i].text} …\n" for i in range(3)]
     assert done.stdout == "".join(expected)
     assert [len(completion.ids) for completion in completions] == [20] * 3
@@ -56,7 +56,10 @@ def test_the_command_prints_every_prompt_and_imports_no_tensorflow(whole, genera
 def test_greedy_text_does_not_depend_on_the_batch_or_on_how_a_prompt_is_cut(whole, generator, miniature):
     together = [completion.ids for completion in generator.generate(PROMPTS, max_tokens=20, sampling=GREEDY)]
     # Pieces of 16 tokens, each prompt alone.
-    cut = Generator.from_checkpoint(whole[0], prefill_tokens=16, batch_size=1)
+    config = miniature()
+    spec = model_spec(config.model)
+    parameters = parameters_of(whole[0], 0, spec, on_devices(1, 1))[0]
+    cut = Generator(config.model, parameters, generator.vocabulary, prefill_tokens=16, batch_size=1)
     alone = cut.generate([PROMPTS[0], PROMPTS[2]], max_tokens=20, sampling=GREEDY)
     assert [completion.ids for completion in alone] == [together[0], together[2]]
     # Draws as well follow from the seed and the prompt's place in the list.
@@ -67,18 +70,12 @@ def test_greedy_text_does_not_depend_on_the_batch_or_on_how_a_prompt_is_cut(whol
         )
         assert [completion.ids for completion in one] == [completion.ids for completion in three[:2]]
     # And it is what training's forward pass finds best; nowhere are the two best within 1e-4 of scale.
-    config = miniature()
-    spec = model_spec(config.model)
     forward = jax.jit(lambda p, t: spec.merge(p)(t))
     prompt = generator.vocabulary.encode(PROMPTS[2])
-    logits = np.asarray(forward(restored(whole, spec), jnp.asarray([prompt + together[2]], jnp.int32)))[0]
+    logits = np.asarray(forward(parameters, jnp.asarray([prompt + together[2]], jnp.int32)))[0]
     best = np.sort(logits[len(prompt) - 1 : -1, :259], axis=-1)
     assert (best[:, -1] - best[:, -2]).min() > 1e-4 * np.abs(logits).max()
     assert logits[len(prompt) - 1 : -1, :259].argmax(axis=-1).tolist() == together[2]
-
-
-def restored(whole, spec):
-    return parameters_of(whole[0], 0, spec, on_devices(1, 1))[0]
 
 
 def test_draws_follow_the_seed(generator):

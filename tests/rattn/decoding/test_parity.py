@@ -76,10 +76,10 @@ def test_a_resumed_cache_continues_where_it_stood(miniature):
 
 
 def test_a_prompt_may_be_cut_anywhere(miniature):
-    """Into pieces that are longer than the window and do not divide the prompts; rows begin in different pieces."""
-    cut, mini = 4, miniature(**MODELS["window below the prompts"])
+    """Into pieces that are longer than a ring and do not divide the prompts; rows begin in different pieces."""
+    cut, mini = 10, miniature(**MODELS["window below the prompts"])
     wanted = mini.trained(TOKENS)
-    cache, lengths = mini.decoder.empty_cache(3, 24), np.array([8, 9, 2])
+    cache, lengths = mini.decoder.empty_cache(3, 24), np.array([18, 13, 2])
     total = -(-max(lengths) // cut) * cut
     for start in range(0, total, cut):
         before, after = (np.clip(lengths - (total - x), 0, None) for x in (start, start + cut))
