@@ -560,11 +560,12 @@ def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder)
     """Two points; then merged into an empty workdir and reported there."""
     workdir, archive = tmp_path / "sweep", tmp_path / "all.tar.xz"
     arguments = [f"--config={RECIPE}", "--sweep=configs/sweeps/tiny_window.py", f"--workdir={workdir}"]
-    arguments += [f"--config.data.path={stream_folder}", "--only=full-seed0,rattention-window16-seed0"]
-    process = command(*arguments, f"--archive={archive}", "--delete_checkpoints", "--noreport")
+    arguments += [f"--config.data.path={stream_folder}", "--only=full-seed0,swa-window16-seed0"]
+    arguments += ["--config.log.tensorboard=false", "--delete_checkpoints", "--noreport"]
+    process = command(*arguments, f"--archive={archive}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
-    assert "rattention-window16-seed0  done" in out
+    assert "swa-window16-seed0  done" in out
     assert not list(workdir.glob("points/*/checkpoints"))
     process = command("--merge", str(archive), "--workdir", str(tmp_path / "there"), "--report_only")
     out, err = process.communicate(timeout=120)
@@ -575,7 +576,7 @@ def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder)
     with (tmp_path / "there" / "report" / "results.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     measured = {(row["mixer"], row["window"], row["length"]) for row in rows}
-    assert measured == {(*model, length) for model in (("full", ""), ("rattention", "16")) for length in "12"}
+    assert measured == {(*model, length) for model in (("full", ""), ("swa", "16")) for length in "12"}
     assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 5 for row in rows)
 
 
