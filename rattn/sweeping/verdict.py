@@ -44,7 +44,7 @@ def compare(variant: Variant, full: Variant, epsilon: float | None) -> Compariso
     epsilons = [_epsilon(full.spread(measure), epsilon) for measure in (loss, recall)]
     if epsilons[0] is None:
         return None
-    both = ours is not None and theirs is not None
+    both = None not in (ours, theirs, epsilons[1])
     return Comparison(
         variant=variant,
         loss_excess=variant.mean(loss) - full.mean(loss),
