@@ -18,6 +18,7 @@ A result is
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -121,13 +122,17 @@ class Results:
 
     def write_archive(self, path: pathlib.Path) -> int:
         """Packs all results into one .tar.xz for `merge` on another machine; returns how many."""
-        files = sorted(self._folder.glob("*.json"))
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.workdir.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        with tarfile.open(unfinished, "w:xz") as archive:
-            for file in files:
-                archive.add(file, f"results/{file.name}")
-        unfinished.replace(path)
+        with (self.workdir / "archive.lock").open("w") as lock:
+            # Another sweep of this workdir must not put an older list in the place of this one.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            files = sorted(self._folder.glob("*.json"))
+            with tarfile.open(unfinished, "w:xz") as archive:
+                for file in files:
+                    archive.add(file, f"results/{file.name}")
+            unfinished.replace(path)
         return len(files)
 
     def delete_checkpoints(self, name: str) -> None:
