@@ -252,7 +252,9 @@ def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
     does not know.
     """
 
-    def guarded(_: list[str]) -> int:
+    def guarded(arguments: list[str]) -> int:
+        if arguments[1:]:
+            raise UserError(f"{arguments[1]!r} is no flag; give --flag=value, or --config.key=value for the config.")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
         if not recipe:

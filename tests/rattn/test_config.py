@@ -106,6 +106,7 @@ def test_what_does_not_fit_gets_a_sentence(changes, sentence):
         (["--config", "configs/tiny.py", "--config.total_steps=many"], "total_steps"),
         (["--config", "configs/tiny.py", "--config.model.window=-2"], "config.model.window is -2"),
         (["--config", "configs/tiny.py", "--wrkdir=x"], "workdir"),
+        (["--config", "configs/tiny.py", "workdir=x"], "'workdir=x' is no flag; give --flag=value"),
         ([], "There is no --config; name a recipe"),
     ],
 )
