@@ -177,12 +177,13 @@ def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int
     loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
     # The look-up's gradient twice and the unembedding's, which slices exchange whole and so hold twice.
     embedding = vocabulary * model.width * (2 * itemsize + min(slices, 2) * FLOAT32_BYTES)
-    # What a block recomputes, its gathered weights, and the embedding, which stays whole from the forward pass on.
-    # Adjusted on compiled steps: docs/forecast.md says which.
+    # What a block recomputes, its gathered weights, and the embedding, which stays whole from the forward pass on, as
+    # does what slices exchange of its gradient. Adjusted on compiled steps: docs/forecast.md says which.
     layers = len(model.pattern)
     recomputed = 0 if model.remat == "none" else layer_activations(model) * layers / mesh["model"]
     weights = matrix_parameters(spec) / model.layers * layers / mesh["model"]
-    block = itemsize * (tokens * recomputed + weights + vocabulary * model.width)
+    copies = 1 + (slices > 1)
+    block = itemsize * (tokens * recomputed + weights + copies * vocabulary * model.width)
     return max(loss, block, embedding)
 
 

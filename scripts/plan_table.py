@@ -71,12 +71,12 @@ class Case:
 PAPER = (
     Case("3b", 4096, "v5p:8x8x8", fitted=True),
     Case("12b", 4096, "v5p:8x8x8", fitted=True),
-    Case("3b", 4096, "v6e:16x16", 2),
+    Case("3b", 4096, "v6e:16x16", 2, fitted=True),
     Case("12b", 4096, "v6e:16x16", 4, fitted=True),
     Case("3b", 8192, "v5p:8x8x8"),
     Case("12b", 8192, "v5p:8x8x8", fitted=True),
-    Case("3b", 8192, "v6e:16x16", 2),
-    Case("12b", 8192, "v6e:16x16", 4),
+    Case("3b", 8192, "v6e:16x16", 2, fitted=True),
+    Case("12b", 8192, "v6e:16x16", 4, fitted=True),
 )
 OTHERS = (
     Case("3b", 4096, "v5p:8x8x8", changes=(("model.remat", "save_attention"),)),
