@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rattn.model.parameters import ModelSpec, flatten
+from rattn.model.transformer import cut_blocks
 from rattn.optimizer import is_matrix
 
 Tree = Any
@@ -34,14 +35,14 @@ def accumulated(gradient: Gradient, parameters: Tree, batch: Any, config: Config
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1), batch)
     apart = not config.model.scan_blocks
     rounded = _rounded(parameters, spec, jnp.dtype(config.model.compute_dtype))
-    working = rounded | {"blocks": _blocks(rounded["blocks"])} if apart else rounded
+    working = rounded | {"blocks": cut_blocks(rounded["blocks"])} if apart else rounded
 
     def of_microbatch(working: Tree, microbatch: Any) -> tuple[Tree, jax.Array]:
         if not apart:
             return gradient(working, microbatch)
         # XLA sees through the stack, which the model cuts again, and through that of the gradients.
         gradients, loss = gradient(working | {"blocks": _stack(working["blocks"])}, microbatch)
-        return gradients | {"blocks": _blocks(gradients["blocks"])}, loss
+        return gradients | {"blocks": cut_blocks(gradients["blocks"])}, loss
 
     def add(total: Tree, microbatch: Any) -> tuple[Tree, None]:
         terms = of_microbatch(working, microbatch)
@@ -67,13 +68,6 @@ def _rounded(parameters: Tree, spec: ModelSpec, dtype: jnp.dtype) -> Tree:
     return of(parameters, "")
 
 
-def _blocks(stacked: Tree) -> list[Tree]:
-    """Cuts a tree of stacks into the trees of their entries."""
-    leaves, structure = jax.tree.flatten(stacked)
-    parts = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
-    return [structure.unflatten(entry) for entry in zip(*parts, strict=True)]
-
-
 def _stack(blocks: list[Tree]) -> Tree:
-    """Undoes `_blocks`."""
+    """Undoes `cut_blocks`."""
     return jax.tree.map(lambda *entries: jnp.concatenate(entries), *blocks)

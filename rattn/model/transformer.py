@@ -109,7 +109,7 @@ class Transformer(nnx.Module):
             x_BTD, seen = jax.lax.scan(body, x_BTD, stacked)
         else:
             by_repeat = []
-            for weights in _unstacked(stacked):
+            for weights in [jax.tree.map(lambda x: x[0], block) for block in cut_blocks(stacked)]:
                 x_BTD, seen = body(x_BTD, weights)
                 by_repeat.append(seen)
             seen = jax.tree.map(lambda *repeats: jnp.stack(repeats), *by_repeat)
@@ -139,8 +139,11 @@ class Transformer(nnx.Module):
         return logits_BTV
 
 
-def _unstacked(stacked: nnx.State) -> list[nnx.State]:
-    """Returns the state of each block; in the backward pass their gradients are joined once, not added up."""
+def cut_blocks(stacked: Any) -> list[Any]:
+    """Cuts a tree of stacks [R, ...] into R trees of stacks [1, ...].
+
+    In the backward pass the gradients of the parts are joined once; those of R slices would each be padded and added.
+    """
     leaves, tree = jax.tree.flatten(stacked)
-    split = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
-    return [tree.unflatten([part[0] for part in parts]) for parts in zip(*split, strict=True)]
+    cut = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+    return [tree.unflatten(parts) for parts in zip(*cut, strict=True)]
