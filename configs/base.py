@@ -93,6 +93,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.vocabulary = "bytes"
     data.train_vocabulary_size = 0
     data.validation_fraction = 0.05
+    # Average tokens of a synthetic document.
+    data.document_tokens = 1024
     # Key-value pairs of an associative-recall row, each asked for once.
     data.recall_pairs = 16
     # Sampling weights of a mixture's sources; () takes the mixture's own rates.

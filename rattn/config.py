@@ -151,9 +151,9 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key in ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
         if model[key] < 1:
             raise UserError(f"config.model.{key} is {model[key]}; it must be at least 1.")
-    for key in ("context_length", "batch_size", "total_steps", "accumulation_steps"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} is {config[key]}; it must be at least 1.")
+    for key in ("context_length", "batch_size", "total_steps", "accumulation_steps", "data.document_tokens"):
+        if _lookup(config, key) < 1:
+            raise UserError(f"config.{key} is {_lookup(config, key)}; it must be at least 1.")
     if not model.pattern:
         raise UserError("config.model.pattern is empty; name at least one mixer.")
     for name in model.pattern:

@@ -227,9 +227,10 @@ def open_data(
     """
     if data_config.source == "synthetic":
         vocabulary = load_vocabulary(data_config.vocabulary)
-        training, validation = ([SyntheticStream(seed, split, vocabulary)] for split in SPLITS)
+        tokens = data_config.document_tokens
+        training, validation = ([SyntheticStream(seed, split, vocabulary, tokens)] for split in SPLITS)
         names, weights = ("synthetic",), (1.0,)
-        fingerprint = hashlib.sha256(f"synthetic {seed} {vocabulary.fingerprint}".encode()).hexdigest()
+        fingerprint = hashlib.sha256(f"synthetic {seed} {tokens} {vocabulary.fingerprint}".encode()).hexdigest()
     elif data_config.source == "recall":
         vocabulary = load_vocabulary(data_config.vocabulary)
         shape = {"pairs": data_config.recall_pairs, "document_tokens": context_length}

@@ -204,6 +204,12 @@ def test_synthetic_data_needs_no_files_and_is_pure():
     assert len(data.evaluation_batches(batch_size=2, max_batches=3)) == 3
 
 
+def test_synthetic_documents_are_as_long_as_asked():
+    data = open_by_hand("/nowhere", source="synthetic", context_length=4000, document_tokens=2**40)
+    assert all((data.train[step]["segment_ids"] == 1).all() for step in range(3))
+    assert data.fingerprint != open_by_hand("/nowhere", source="synthetic", context_length=4000).fingerprint
+
+
 def test_nothing_to_train_or_evaluate_on(tmp_path):
     folder = build(tmp_path / "data", {"books": ([[5, 6]], []), "empty": ([], [])})
     with pytest.raises(UserError, match="source 'empty' has no training tokens"):
