@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rattn.model.parameters import ModelSpec, flatten
+from rattn.model.parameters import ModelSpec
 from rattn.model.transformer import cut_blocks
-from rattn.optimizer import is_matrix
+from rattn.optimizer import matrices
 
 Tree = Any
 Gradient = Callable[[Tree, Any], tuple[Tree, jax.Array]]
@@ -34,7 +34,8 @@ def accumulated(gradient: Gradient, parameters: Tree, batch: Any, config: Config
         return gradient(parameters, batch)
     microbatches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, steps, *x.shape[1:]), 0, 1), batch)
     apart = not config.model.scan_blocks
-    rounded = _rounded(parameters, spec, jnp.dtype(config.model.compute_dtype))
+    dtype = jnp.dtype(config.model.compute_dtype)
+    rounded = jax.tree.map(lambda x, matrix: x.astype(dtype) if matrix else x, parameters, matrices(spec.logical))
     working = rounded | {"blocks": cut_blocks(rounded["blocks"])} if apart else rounded
 
     def of_microbatch(working: Tree, microbatch: Any) -> tuple[Tree, jax.Array]:
@@ -53,19 +54,6 @@ def accumulated(gradient: Gradient, parameters: Tree, batch: Any, config: Config
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     (gradients, loss), _ = jax.lax.scan(add, zeros, microbatches)
     return (gradients | {"blocks": _stack(gradients["blocks"])} if apart else gradients), loss
-
-
-def _rounded(parameters: Tree, spec: ModelSpec, dtype: jnp.dtype) -> Tree:
-    """Returns the parameters with weight matrices in `dtype`."""
-    logical = flatten(spec.logical)
-    matrices = {path for path, dims in logical.items() if is_matrix(path, dims)}
-
-    def of(tree: Tree, prefix: str) -> Tree:
-        if isinstance(tree, dict):
-            return {key: of(value, f"{prefix}{key}.") for key, value in tree.items()}
-        return tree.astype(dtype) if prefix.removesuffix(".") in matrices else tree
-
-    return of(parameters, "")
 
 
 def _stack(blocks: list[Tree]) -> Tree:

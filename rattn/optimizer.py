@@ -40,6 +40,11 @@ def is_matrix(path: str, dims: tuple[str, ...]) -> bool:
     return not path.endswith("scale") and "vocab" not in dims
 
 
+def matrices(logical: Any) -> Any:
+    """Returns, for a tree of logical dims as in `ModelSpec`, the tree of what `is_matrix` says of each parameter."""
+    return _map_with_path(is_matrix, logical)
+
+
 def make_optimizer(optimizer: ConfigDict, total_steps: int, logical: Any) -> optax.GradientTransformation:
     """Builds the update rule of `config.optimizer`.
 
@@ -54,8 +59,7 @@ def make_optimizer(optimizer: ConfigDict, total_steps: int, logical: Any) -> opt
       logical: tree of logical dims, as in `ModelSpec`.
     """
     schedule = learning_rate_schedule(optimizer, total_steps)
-    decayed = _map_with_path(is_matrix, logical)
-    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=decayed)
+    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=matrices(logical))
     if optimizer.name == "adamw":
         rule = [optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.epsilon), decay]
     elif optimizer.name == "rmsprop":
