@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from rattn import platform
+from rattn import platform, windows
 from rattn.accounting import FOLD_TOKENS
 from rattn.config import run_main, saved_config, validate
 from rattn.data.vocabulary import Vocabulary, load_vocabulary
@@ -299,10 +299,7 @@ def on_devices(data: int, model: int) -> Sharding:
 
 def at_window(config: ConfigDict, window: int | None) -> ConfigDict:
     """Returns the valid config at another window, or at its own for None."""
-    config = config.copy_and_resolve_references()
-    if window is not None:
-        config.model.window = window
-    return validate(config)
+    return validate(windows.at_window(config, config.model.window if window is None else window))
 
 
 def show(pieces: Iterator[Piece], prompts: Sequence[str]) -> None:

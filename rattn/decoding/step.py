@@ -110,13 +110,17 @@ def sampled_steps(
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
         logits_BV, after = step(layers, model, kernel, weights, Cache(whole, clock, cache.layout), tokens_B)
         tokens_B = sample(logits_BV, keys_B, first + index, sampling)
-        rings = tuple({name: x for name, x in kept.items() if name != "state_BKPH"} for kept in after.layers)
-        return (rings, after.clock, tokens_B), tokens_B
+        return (_rings(after), after.clock, tokens_B), tokens_B
 
-    rings = tuple({name: x for name, x in kept.items() if name != "state_BKPH"} for kept in cache.layers)
-    (rings, clock, _), out_SB = jax.lax.scan(body, (rings, cache.clock, tokens_B), jnp.arange(steps, dtype=jnp.int32))
+    start = (_rings(cache), cache.clock, tokens_B)
+    (rings, clock, _), out_SB = jax.lax.scan(body, start, jnp.arange(steps, dtype=jnp.int32))
     whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
     return jnp.swapaxes(out_SB, 0, 1), folded(layers, weights["layers"], Cache(whole, clock, cache.layout))
+
+
+def _rings(cache: Cache) -> tuple[LayerCache, ...]:
+    """Returns the keys and values of each layer, without the states."""
+    return tuple({name: x for name, x in layer.items() if name != "state_BKPH"} for layer in cache.layers)
 
 
 # Traced once for each kind of layer; XLA inlines it.
