@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rattn import accounting, multihost, platform
-from rattn.config import load_config, validate
+from rattn.config import load_config, override, validate
 from rattn.data.batches import open_data, prefetched
 from rattn.errors import UserError
 from rattn.model.parameters import initial_parameters, model_spec
@@ -192,16 +192,7 @@ def point_config(args: argparse.Namespace, point: str):
     config.batch_size = config.evaluation.batch_size = args.tokens // config.context_length
     config.optimizer.warmup_steps = 0
     config.total_steps = 1000
-    config.update_from_flattened_dict({key: literal(value) for key, _, value in (s.partition("=") for s in args.set)})
-    return config
-
-
-def literal(text: str):
-    """Returns the JSON value of an override, or the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    return override(config, [f"--config.{setting}" for setting in args.set])
 
 
 if __name__ == "__main__":
