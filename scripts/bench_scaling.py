@@ -78,18 +78,15 @@ def run(waiting: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
             taken, free = free[: point.gpus], free[point.gpus :]
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}
             environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
-            output = open(args.out / f"{point.point.replace(':', '_')}_{point.gpus}.txt", "w+")  # noqa: SIM115
-            process = subprocess.Popen(
-                point.command(args), env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
-            )
+            output = args.out / f"{point.point.replace(':', '_')}_{point.gpus}.txt"
+            with output.open("w") as file:
+                process = subprocess.Popen(point.command(args), env=environment, stdout=file, stderr=subprocess.STDOUT)
             running[process] = (point, taken, output)
             print(f"{point.point} on {point.gpus}: started", flush=True)
         for process in [process for process in running if process.poll() is not None]:
             point, taken, output = running.pop(process)
             free += taken
-            output.seek(0)
-            lines = output.read().strip().splitlines() or ["no output"]
-            output.close()
+            lines = output.read_text().strip().splitlines() or ["no output"]
             results[point] = json.loads(lines[-1]) if process.returncode == 0 else {"error": reason(lines)}
             with open(args.out / "results.jsonl", "a") as file:
                 file.write(json.dumps({"gpus": point.gpus, "seq": point.seq, **results[point]}) + "\n")
