@@ -175,8 +175,8 @@ def _temporary_bytes(config: ConfigDict, spec: ModelSpec, mesh: Mapping[str, int
     chunk = tokens * (config.loss.chunk_tokens or config.context_length) / config.context_length
     vocabulary = model.vocab_size / mesh["model"]
     loss = vocabulary * (chunk * 2 * FLOAT32_BYTES + model.width * (itemsize + FLOAT32_BYTES))
-    # The look-up's gradient twice and the unembedding's, which slices exchange whole and so hold twice.
-    embedding = vocabulary * model.width * (2 * itemsize + min(slices, 2) * FLOAT32_BYTES)
+    # The look-up's gradient, added up in float32, and the unembedding's, which slices exchange whole and so hold twice.
+    embedding = vocabulary * model.width * FLOAT32_BYTES * (1 + min(slices, 2))
     # What a block recomputes, its gathered weights, and the embedding, which stays whole from the forward pass on, as
     # does what slices exchange of its gradient. Adjusted on compiled steps: docs/forecast.md says which.
     layers = len(model.pattern)
