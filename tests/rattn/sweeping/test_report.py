@@ -1,0 +1,134 @@
+"""The verdict, the curves and the report, on made-up results."""
+
+import csv
+import json
+import re
+
+from rattn.config import to_json
+from rattn.sweeping.report import csv_text, write_report
+from rattn.sweeping.summary import grouped, pareto_front, recall_beyond, repeated
+from rattn.sweeping.verdict import verdict
+from tests.rattn.sweeping.fake_point import made_up
+
+
+def results_of(sweep, change=None):
+    """Made-up results of all points; `change(config, evaluation)` may alter them."""
+    made = []
+    for point in sweep.points:
+        evaluation = made_up(to_json(point.config))
+        if change:
+            change(point, evaluation)
+        shared = {"name": point.name, "identity": point.identity, "group": point.group, "settings": point.settings}
+        seconds = {"train": 1.0, "evaluate": 1.0}
+        made.append({**shared, "finished_at": "x", "seconds": seconds, "trained_steps": 1, "evaluation": evaluation})
+    return json.loads(json.dumps(made))
+
+
+def losses(table, recall=0.0):
+    """Sets each point's loss by (mixer, window, seed), and the loss of every recall bin to it plus `recall`."""
+
+    def change(point, evaluation):
+        mixer = point.config.model.pattern[0]
+        entry = evaluation["measured"][0]
+        entry["nats_per_token"] = table[mixer, point.config.model.window, point.config.seed]
+        beyond = recall if mixer != "full" else 0.0
+        for bin in entry["recall_by_distance"]:
+            bin["nats_per_token"] = 1.0 + point.config.seed * 0.01 + beyond * (bin["first"] > 4)
+
+    return change
+
+
+CURVE = """
+def sweep(add):
+    for seed in (0, 1):
+        add(mixer="full", window=32, seed=seed)
+        for window in (2, 4, 8):
+            add(window=window, seed=seed)
+"""
+# Full attention's spread is 0.01 / √2 and ε twice that: 0.0141.
+TABLE = {("full", 32, seed): 2.0 + 0.01 * seed for seed in (0, 1)}
+TABLE |= {
+    ("rattention", window, seed): 2.0 + gap for window, gap in ((2, 0.03), (4, 0.019), (8, 0.0)) for seed in (0, 1)
+}
+
+
+def test_the_verdict_is_the_smallest_window_within_epsilon(sweep_of):
+    sweep = sweep_of(CURVE)
+    (group,) = grouped(results_of(sweep, losses(TABLE)))
+    sentence, caution = verdict(group, None)
+    # Means: full 2.005; window 4 is 0.0140 above it and within 0.0141, window 2 is 0.025 above.
+    assert sentence.startswith("rattention: the smallest window whose loss")
+    assert "attention's is 4 (of 2, 4, 8): loss +0.0140 (within ε = 0.0141)" in sentence
+    assert "over 2 seeds: 0.0141 nats" in caution
+    assert "attention's is 8 (" in verdict(group, 0.01)[0]
+    assert "no window of 2, 4, 8 is within ε of full attention; the nearest in loss is 8" in verdict(group, -0.01)[0]
+
+
+def test_recall_beyond_the_window_decides_too(sweep_of):
+    """The loss of window 4 is within ε; its recall beyond the window is not, and that of window 8 is not either."""
+    (group,) = grouped(results_of(sweep_of(CURVE), losses(TABLE, recall=0.5)))
+    sentence = verdict(group, None)[0]
+    assert "no window of 2, 4, 8 is within ε" in sentence
+    assert "recall beyond the window +0.5000 (beyond ε = 0.0141)" in sentence
+
+
+def test_a_bin_that_the_window_cuts_is_neither_within_nor_beyond(sweep_of):
+    (run,) = grouped(results_of(sweep_of("def sweep(add):\n    add(window=6)\n")))[0].runs
+    for bin in run.own["recall_by_distance"]:
+        bin.update(nats_per_token=float(bin["first"]), targets=10)
+    # Bins 1, 2, 3–4, 5–8, 9–16, 17–32: those beyond 6 begin with 9 and 17.
+    assert recall_beyond(6)(run) == (9 + 17) / 2
+    row = next(csv.DictReader(csv_text([run.result]).splitlines()))
+    assert float(row["recall_loss_within_window"]) == (1 + 2 + 3) / 3
+    assert float(row["recall_loss_beyond_window"]) == (9 + 17) / 2
+
+
+def test_a_curve_that_is_not_monotone_is_said(sweep_of):
+    table = TABLE | {("rattention", 8, seed): 2.1 for seed in (0, 1)}
+    (group,) = grouped(results_of(sweep_of(CURVE), losses(table)))
+    assert "is 4 (of 2, 4, 8)" in verdict(group, None)[0]
+    assert "not monotone: 8 is larger and not within ε" in verdict(group, None)[0]
+
+
+def test_two_results_of_one_seed_are_not_two_seeds(sweep_of):
+    results = results_of(sweep_of(CURVE), losses(TABLE))
+    again = json.loads(json.dumps(results[0])) | {"name": "again", "identity": "other", "finished_at": "y"}
+    (group,) = grouped([again, *results])
+    assert [run.result["name"] for run in group.full.runs] == ["again", results[4]["name"]]
+    assert [result["name"] for result in repeated([again, *results])] == [results[0]["name"]]
+
+
+def test_a_single_seed_of_full_attention_gives_no_verdict(sweep_of):
+    text = CURVE.replace('seed in (0, 1):\n        add(mixer="full", window=32, seed=seed)', "seed in (0, 1):")
+    (group,) = grouped(results_of(sweep_of(text), losses(TABLE)))
+    assert verdict(group, None)[0].startswith("No verdict: full attention is not among the points")
+    single = text.replace("def sweep(add):", "def sweep(add):\n    add(mixer='full', window=32, seed=1)")
+    (group,) = grouped(results_of(sweep_of(single), losses(TABLE)))
+    (sentence,) = verdict(group, None)
+    assert "full attention ran with a single seed (1); add another seed, or say with --epsilon" in sentence
+    assert "the smallest window" in verdict(group, 0.05)[0]
+
+
+def test_the_pareto_front_by_hand():
+    points = [(1, 5.0), (2, 4.0), (2, 3.0), (3, 3.5), (4, 3.0), (5, 1.0)]
+    assert pareto_front(points) == [0, 2, 5]
+
+
+def test_the_report_is_whole_and_needs_nothing_else(sweep_of, tmp_path):
+    results = results_of(sweep_of(CURVE))
+    failures = [{"name": "a<b", "stage": "train", "reason": "R&D failed."}]
+    page = write_report(results, failures, tmp_path, None)
+    text = page.read_text()
+    # Nothing is fetched: the only addresses are names of XML vocabularies.
+    assert set(re.findall(r'https?://[^"\s]+', text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "<script" not in text
+    assert "<b>a&lt;b</b> (train): R&amp;D failed." in text
+    assert text.count("<svg") == len(list(page.parent.glob("*.png"))) == 8
+    assert "the smallest window whose loss" in text
+    assert text.count('role="img"') == text.count("<svg")
+    with (page.parent / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(results)
+    assert csv_text(results).startswith("name,group,identity,mixer")
+    first = next(row for row in rows if row["name"] == results[0]["name"] and row["length"] == "1")
+    assert float(first["loss"]) == results[0]["evaluation"]["measured"][0]["nats_per_token"]
