@@ -57,6 +57,59 @@ def _cut(ids, first, count):
     return jnp.pad(inside, ((0, 0), (max(-first, 0), max(first + count - length, 0))), mode="edge")
 
 
+def launch(plan: Plan, kernel, name: str, programs: tuple[str, int], *, out_type, scratch_types, warpgroups: int = 3):
+    """Returns a function of arrays that runs `kernel`, in `programs` (a grid dim and its size) for each row of states.
+
+    Kernels find their place with `program`, and divide the work with `copying` and `computing`.
+    """
+    dim, count = programs
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(count, plan.batch * plan.kv_heads),
+        grid_names=(dim, "bk"),
+        kernel_name=name,
+        num_threads=warpgroups,
+        thread_name="wg",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )
+
+
+def program(plan: Plan, dim: str):
+    """Returns where a kernel runs, as int32: (warpgroup, index in `dim`, row of states, sequence, key/value head)."""
+    wg, bk, i = jax.lax.axis_index("wg"), jax.lax.axis_index("bk"), jax.lax.axis_index(dim)
+    return wg, i, bk, jax.lax.div(bk, plan.kv_heads), jax.lax.rem(bk, plan.kv_heads)
+
+
+def copying(mine):
+    """Decorates the work of the warpgroup that fills shared memory, and leaves its registers to the others.
+
+    `mine` is whether this warpgroup is it.
+    """
+    return functools.partial(_in_warpgroups, mine, 40, "decrease")
+
+
+def computing(mine, registers: int):
+    """Decorates the work of compute warpgroups; `mine` is whether this is one, `registers` how many a thread takes."""
+    return functools.partial(_in_warpgroups, mine, registers, "increase")
+
+
+def _in_warpgroups(mine, registers, action, work):
+    @pl.when(mine)
+    def _():
+        plgpu.set_max_registers(registers, action=action)
+        work()
+
+
+def wait_if(condition, barrier):
+    """Waits for a barrier where `condition` is true."""
+
+    @pl.when(condition)
+    def _():
+        plgpu.barrier_wait(barrier)
+
+
 def tiles(*shape: int) -> plgpu.SMEM:
     """Returns shared memory for bfloat16 tiles [..., rows, columns] that matrix products read."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
@@ -72,14 +125,15 @@ def load_tile(ref):
     return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
 
 
+def put(ref, x):
+    """Writes a tile to shared memory as bfloat16, for matrix products and copies to read."""
+    ref[...] = x.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+
+
 def load_rows(ref):
     """Returns one int32 for each row of a tile, from device memory."""
     return plgpu.load(ref, layout=ROWS, optimized=False)
-
-
-def load_columns(ref):
-    """Returns one int32 for each column of a tile, from device memory."""
-    return plgpu.load(ref, layout=WGMMA.reduce(0), optimized=False)
 
 
 def columns(shape):
@@ -87,37 +141,42 @@ def columns(shape):
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
 
 
-def readable_range(plan: Plan, row_ids, column_ids, first_row, *, rows_are_queries: bool):
-    """Returns (first, end), int32 one a row: the columns of a chunk that a tile's rows read, or are read by.
+def load_places(plan: Plan, row_places_ref, column_places_ref, chunk, rows, *, rows_are_queries: bool):
+    """Returns ((first, end), flag), int32 one a row of a tile; `chunk` is (sequence, chunk), `rows` the tile in it.
 
-    A document is an unbroken run, so that they are one range; what a head masks is then two comparisons.
+    The rows read, or are read by, the columns from `first` to before `end`: a document is an unbroken run, so that what
+    a head masks is two comparisons. `flag` is whether a query reads the state, or a key joins it, as in `places`.
     """
+    row_ids, flag = (load_rows(row_places_ref.at[*chunk, kind, rows]) for kind in range(2))
+    column_ids = plgpu.load(column_places_ref.at[*chunk, 0], layout=WGMMA.reduce(0), optimized=False)
     shape = (TILE, plan.chunk)
-    row, column = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + first_row, columns(shape)
+    row, column = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + rows.start, columns(shape)
     readable = row >= column if rows_are_queries else row <= column
     if plan.has_ids:
         readable &= rows_to(shape, row_ids) == jax.lax.broadcast_in_dim(column_ids, shape, [1])
     first = plan.chunk - jnp.where(readable, plan.chunk - column, 0).max(axis=1)
-    return first, jnp.where(readable, column + 1, 0).max(axis=1)
+    return (first, jnp.where(readable, column + 1, 0).max(axis=1)), flag
 
 
-def in_range(shape, column, first, end):
-    """Returns where `first` <= column < `end`, each of these one value a row."""
-    return (column >= rows_to(shape, first)) & (column < rows_to(shape, end))
+def masked(scores, column, readable):
+    """Returns scores in bfloat16, zero where `column` is not in the range `readable` of its row."""
+    first, end = readable
+    inside = (column >= rows_to(scores.shape, first)) & (column < rows_to(scores.shape, end))
+    return jnp.where(inside, scores, 0.0).astype(jnp.bfloat16)
 
 
-def half_features(feature_map: str, x, sign):
+def half_features(plan: Plan, x, sign):
     """Returns one half of φ(x) for a float32 tile; `sign` is 1 or -1."""
-    if feature_map == "relu":
+    if plan.feature_map == "relu":
         return jnp.maximum(x * sign, 0.0)
     x = x * sign
     numerator = jnp.exp2((x - rows_to(x.shape, x.max(axis=1))) * math.log2(math.e))
     return numerator * rows_to(x.shape, 1.0 / numerator.sum(axis=1))
 
 
-def half_features_vjp(feature_map: str, phi, dphi, sign):
+def half_features_vjp(plan: Plan, phi, dphi, sign):
     """Returns what one half of φ adds to the gradient of x."""
-    if feature_map == "relu":
+    if plan.feature_map == "relu":
         return jnp.where(phi > 0.0, dphi, 0.0) * sign
     return (dphi - rows_to(phi.shape, (phi * dphi).sum(axis=1))) * (phi * sign)
 

@@ -10,17 +10,21 @@ from kernels_pallas.residual_linear_attention.pallas_gpu_hopper import (
     TILE,
     WGMMA,
     columns,
+    computing,
+    copying,
     half_features,
     half_features_vjp,
-    in_range,
-    load_columns,
-    load_rows,
+    launch,
+    load_places,
     load_tile,
+    masked,
     matmul,
     matmul_add,
-    readable_range,
+    program,
+    put,
     rows_to,
     tiles,
+    wait_if,
 )
 
 
@@ -45,16 +49,14 @@ def dq_call(plan: Plan, q, k, v, do, places, states):
         *barriers,
     ):
         q_full, q_empty, do_full, do_empty, loaded, met = barriers
-        wg, bk, i = jax.lax.axis_index("wg"), jax.lax.axis_index("bk"), jax.lax.axis_index("chunk")
-        b, kv_head = jax.lax.div(bk, plan.kv_heads), jax.lax.rem(bk, plan.kv_heads)
+        wg, i, bk, b, kv_head = program(plan, "chunk")
         c, t = i + plan.past_chunks, i * C
 
         def query_tile(ref, tile, head):
             return ref.at[b, pl.ds(t + tile * TILE, TILE), kv_head * group + head]
 
-        @pl.when(wg == 2)
+        @copying(wg == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
             for tile in range(2):
                 k_tile = k_ref.at[b, pl.ds(t + plan.lag + tile * TILE, TILE), kv_head]
                 plgpu.copy_gmem_to_smem(k_tile, q_s.at[tile], q_full.at[tile])
@@ -76,18 +78,15 @@ def dq_call(plan: Plan, q, k, v, do, places, states):
                         plgpu.barrier_wait(do_empty.at[tile])
                         plgpu.copy_gmem_to_smem(query_tile(do_ref, tile, g + 1), do_s.at[tile], do_full.at[tile])
 
-        @pl.when(wg < 2)
+        @computing(wg < 2, registers=232)
         def _():
-            plgpu.set_max_registers(232, action="increase")
             rows = pl.ds(wg * TILE, TILE)
-            q_ids, reads = (load_rows(q_places_ref.at[b, c, kind, rows]) for kind in range(2))
-            kv_ids = load_columns(kv_places_ref.at[b, c, 0])
-            first, end = readable_range(plan, q_ids, kv_ids, wg * TILE, rows_are_queries=True)
+            readable, reads = load_places(plan, q_places_ref, kv_places_ref, (b, c), rows, rows_are_queries=True)
             reads = rows_to((TILE, H), reads.astype(jnp.float32)).astype(jnp.bfloat16)
             plgpu.barrier_wait(q_full.at[wg])
             k_tile = load_tile(q_s.at[wg])
             for half, sign in enumerate(plan.signs):
-                phi_k_s.at[half, rows][...] = half_features(plan.feature_map, k_tile, sign).astype(jnp.bfloat16)
+                phi_k_s.at[half, rows][...] = half_features(plan, k_tile, sign).astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_empty.at[wg])
             plgpu.barrier_arrive(met)
@@ -101,31 +100,28 @@ def dq_call(plan: Plan, q, k, v, do, places, states):
                 do = plgpu.load(do_s.at[wg], layout=WGMMA)
                 dscores = matmul((TILE, C), (do, v_s.transpose((1, 0))))
                 plgpu.barrier_arrive(do_empty.at[wg])
-                dscores = jnp.where(in_range((TILE, C), column, first, end), dscores, 0.0).astype(jnp.bfloat16)
+                dscores = masked(dscores, column, readable)
                 do = do * reads
                 plgpu.barrier_wait(q_full.at[wg])
                 dq = None
                 for half, sign in enumerate(plan.signs):
                     dphi = matmul((TILE, H), (do, state_s.at[half].transpose((1, 0))), (dscores, phi_k_s.at[half]))
-                    phi = half_features(plan.feature_map, load_tile(q_s.at[wg]), sign)
-                    part = half_features_vjp(plan.feature_map, phi, dphi, sign)
+                    phi = half_features(plan, load_tile(q_s.at[wg]), sign)
+                    part = half_features_vjp(plan, phi, dphi, sign)
                     dq = part if dq is None else dq + part
-                q_s.at[wg][...] = dq.astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                put(q_s.at[wg], dq)
                 plgpu.copy_smem_to_gmem(q_s.at[wg], query_tile(dq_ref, wg, g))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_empty.at[wg])
 
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
+        plan,
         kernel,
+        "rla_dq",
+        ("chunk", plan.query_chunks),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(plan.query_chunks, plan.batch * plan.kv_heads),
-        grid_names=("chunk", "bk"),
-        kernel_name="rla_dq",
-        num_threads=3,
-        thread_name="wg",
         scratch_types=[
             tiles(2, C, H),
             tiles(2, H, H),
@@ -139,7 +135,6 @@ def dq_call(plan: Plan, q, k, v, do, places, states):
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(q, k, v, do, *places, states)
 
 
@@ -166,8 +161,7 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
             loaded,
             phi_k_full,
         ) = barriers
-        wg, bk, i = jax.lax.axis_index("wg"), jax.lax.axis_index("bk"), jax.lax.axis_index("tile")
-        b, kv_head = jax.lax.div(bk, plan.kv_heads), jax.lax.rem(bk, plan.kv_heads)
+        wg, i, bk, b, kv_head = program(plan, "tile")
         c, tile = jax.lax.div(i, per_chunk), jax.lax.rem(i, per_chunk)
         t = (c - plan.past_chunks) * C
         query_tiles = per_chunk - tile  # those before the keys' own read none of them
@@ -193,9 +187,8 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
         def query_tile_of(item):
             return tile + jax.lax.rem(item, query_tiles)
 
-        @pl.when(wg == 3)
+        @copying(wg == 3)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
             plgpu.copy_gmem_to_smem(k_ref.at[at_keys], k_s, loaded)
             plgpu.copy_gmem_to_smem(v_ref.at[at_keys], v_s, loaded)
             for half in range(2):
@@ -207,80 +200,59 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
                 slot = jax.lax.rem(item, 2)
                 head = kv_head * group + jax.lax.div(item, query_tiles)
                 at = (b, pl.ds(t + query_tile_of(item) * TILE, TILE), head)
-
-                @pl.when(item >= 2)
-                def _():
-                    plgpu.barrier_wait(q_empty.at[slot])
-
+                wait_if(item >= 2, q_empty.at[slot])
                 plgpu.copy_gmem_to_smem(q_ref.at[at], q_s.at[slot], q_full.at[slot])
-
-                @pl.when(item >= 2)
-                def _():
-                    plgpu.barrier_wait(do_empty.at[slot])
-
+                wait_if(item >= 2, do_empty.at[slot])
                 plgpu.copy_gmem_to_smem(do_ref.at[at], do_s.at[slot], do_full.at[slot])
 
         def mask_and_joins():
-            """Returns mask(item) -> [keys, queries] of the item's tile of queries, and which keys join, over a tile."""
-            kv_ids, joins = (load_rows(kv_places_ref.at[b, c, kind, pl.ds(tile * TILE, TILE)]) for kind in range(2))
-            q_ids = load_columns(q_places_ref.at[b, c, 0])
-            first, end = readable_range(plan, kv_ids, q_ids, tile * TILE, rows_are_queries=False)
+            """Returns mask(scores, item) for the item's tile of queries, and which keys join, over a tile."""
+            rows = pl.ds(tile * TILE, TILE)
+            readable, joins = load_places(plan, kv_places_ref, q_places_ref, (b, c), rows, rows_are_queries=False)
             column = columns((TILE, TILE))
 
-            def mask(item):
-                return in_range((TILE, TILE), column + query_tile_of(item) * TILE, first, end)
+            def mask(scores, item):
+                return masked(scores, column + query_tile_of(item) * TILE, readable)
 
             return mask, rows_to((TILE, H), joins.astype(jnp.float32))
 
-        @pl.when(wg < 2)
+        @computing(wg < 2, registers=152)
         def _():
-            plgpu.set_max_registers(152, action="increase")
             mask, joins = mask_and_joins()
             sign = (1 - 2 * wg).astype(jnp.float32)
             plgpu.barrier_wait(loaded)
-            phi_k = half_features(plan.feature_map, load_tile(k_s), sign)
-            phi_k_s.at[wg][...] = phi_k.astype(jnp.bfloat16)
-            plgpu.commit_smem()
+            phi_k = half_features(plan, load_tile(k_s), sign)
+            put(phi_k_s.at[wg], phi_k)
             plgpu.barrier_arrive(phi_k_full)
 
             def step(item, dphi):
                 slot = jax.lax.rem(item, 2)
                 plgpu.barrier_wait(q_full.at[slot])
-                phi_q = half_features(plan.feature_map, load_tile(q_s.at[slot]), sign).astype(jnp.bfloat16)
+                phi_q = half_features(plan, load_tile(q_s.at[slot]), sign).astype(jnp.bfloat16)
                 plgpu.barrier_arrive(q_empty.at[slot])
-
-                @pl.when(item > 0)
-                def _():
-                    plgpu.barrier_wait(phi_empty)
-
-                phi_q_s.at[wg][...] = phi_q
-                plgpu.commit_smem()
+                wait_if(item > 0, phi_empty)
+                put(phi_q_s.at[wg], phi_q)
                 plgpu.barrier_arrive(phi_full)
                 plgpu.barrier_wait(do_full.at[slot])
                 dscores = matmul((TILE, TILE), (v_s, do_s.at[slot].transpose((1, 0))))
                 plgpu.barrier_arrive(do_empty.at[slot])
-                dscores = jnp.where(mask(item), dscores, 0.0).astype(jnp.bfloat16)
+                dscores = mask(dscores, item)
                 return matmul_add(dphi, (dscores, phi_q_s.at[wg]))
 
             dphi = matmul((TILE, H), (v_s, dstate_s.at[wg].transpose((1, 0)))) * joins
             dphi = jax.lax.fori_loop(0, items, step, dphi)
-            phi_k = half_features(plan.feature_map, load_tile(k_s), sign)
-            part = half_features_vjp(plan.feature_map, phi_k, dphi, sign)
+            phi_k = half_features(plan, load_tile(k_s), sign)
+            part = half_features_vjp(plan, phi_k, dphi, sign)
 
             # Half 1 goes to warpgroup 0 through shared memory, as two bfloat16 that add up to it.
             @pl.when(wg == 1)
             def _():
-                @pl.when(items > 0)
-                def _():
-                    plgpu.barrier_wait(phi_empty)
-
+                wait_if(items > 0, phi_empty)
                 high = part.astype(jnp.bfloat16)
-                phi_q_s.at[1][...] = high
-                plgpu.commit_smem()
+                put(phi_q_s.at[1], high)
                 plgpu.barrier_arrive(part_full)
                 plgpu.barrier_wait(part_empty)
-                phi_q_s.at[1][...] = (part - high.astype(jnp.float32)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                put(phi_q_s.at[1], part - high.astype(jnp.float32))
                 plgpu.barrier_arrive(part_full)
 
             @pl.when(wg == 0)
@@ -289,14 +261,12 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
                 dk = part + load_tile(phi_q_s.at[1])
                 plgpu.barrier_arrive(part_empty)
                 plgpu.barrier_wait(part_full)
-                k_s[...] = (dk + load_tile(phi_q_s.at[1])).astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                put(k_s, dk + load_tile(phi_q_s.at[1]))
                 store_keys(k_s, dk_ref)
                 plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @computing(wg == 2, registers=152)
         def _():
-            plgpu.set_max_registers(152, action="increase")
             mask, joins = mask_and_joins()
             plgpu.barrier_wait(phi_k_full)
             plgpu.barrier_wait(loaded)
@@ -306,26 +276,24 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
                 plgpu.barrier_wait(phi_full)
                 scores = matmul((TILE, TILE), *((phi_k_s.at[h], phi_q_s.at[h].transpose((1, 0))) for h in range(2)))
                 plgpu.barrier_arrive(phi_empty)
-                scores = jnp.where(mask(item), scores, 0.0).astype(jnp.bfloat16)
+                scores = mask(scores, item)
                 plgpu.barrier_wait(do_full.at[slot])
                 dv = matmul_add(dv, (scores, do_s.at[slot]))
                 plgpu.barrier_arrive(do_empty.at[slot])
                 return dv
 
             dv = matmul((TILE, H), *((phi_k_s.at[half], dstate_s.at[half]) for half in range(2))) * joins
-            phi_k_s.at[0][...] = jax.lax.fori_loop(0, items, step, dv).astype(jnp.bfloat16)
-            plgpu.commit_smem()
+            put(phi_k_s.at[0], jax.lax.fori_loop(0, items, step, dv))
             store_keys(phi_k_s.at[0], dv_ref)
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
+        plan,
         kernel,
+        "rla_dkv",
+        ("tile", plan.key_chunks * per_chunk),
+        warpgroups=4,
         out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        grid=(plan.key_chunks * per_chunk, plan.batch * plan.kv_heads),
-        grid_names=("tile", "bk"),
-        kernel_name="rla_dkv",
-        num_threads=4,
-        thread_name="wg",
         scratch_types=[
             tiles(TILE, H),
             tiles(TILE, H),
@@ -345,5 +313,4 @@ def dkv_call(plan: Plan, q, k, v, do, places, dstates):
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(q, k, v, do, *places, dstates)

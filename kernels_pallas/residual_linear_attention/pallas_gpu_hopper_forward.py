@@ -9,16 +9,21 @@ from kernels_pallas.residual_linear_attention.pallas_gpu_common import Plan
 from kernels_pallas.residual_linear_attention.pallas_gpu_hopper import (
     TILE,
     columns,
+    computing,
+    copying,
     half_features,
-    in_range,
-    load_columns,
+    launch,
+    load_places,
     load_rows,
     load_tile,
+    masked,
     matmul,
     matmul_add,
-    readable_range,
+    program,
+    put,
     rows_to,
     tiles,
+    wait_if,
     zeros,
 )
 
@@ -35,30 +40,23 @@ def sums_call(plan: Plan, x, y, places, *, of_queries: bool):
     first = -plan.past_chunks * C + (0 if of_queries else plan.lag)
 
     def kernel(x_ref, y_ref, places_ref, sums_ref, x_s, y_s, phi_s, full, empty):
-        wg, bk, start = jax.lax.axis_index("wg"), jax.lax.axis_index("bk"), jax.lax.axis_index("chunks") * span
-        b, kv_head = jax.lax.div(bk, plan.kv_heads), jax.lax.rem(bk, plan.kv_heads)
+        wg, block, bk, b, kv_head = program(plan, "chunks")
+        start = block * span
         count = jnp.minimum(span, plan.chunks - start)
 
-        @pl.when(wg == 2)
+        @copying(wg == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-
             @pl.loop(0, count * heads)
             def _(item):
                 slot = jax.lax.rem(item, 2)
-
-                @pl.when(item >= 2)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
+                wait_if(item >= 2, empty.at[slot])
                 position = first + (start + jax.lax.div(item, heads)) * C
                 at = (b, pl.ds(position, C), kv_head * heads + jax.lax.rem(item, heads))
                 plgpu.copy_gmem_to_smem(x_ref.at[at], x_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(y_ref.at[at], y_s.at[slot], full.at[slot])
 
-        @pl.when(wg < 2)
+        @computing(wg < 2, registers=232)
         def _():
-            plgpu.set_max_registers(232, action="increase")
             sign = (1 - 2 * wg).astype(jnp.float32)
 
             @pl.loop(0, count)
@@ -71,7 +69,7 @@ def sums_call(plan: Plan, x, y, places, *, of_queries: bool):
                     slot = jax.lax.rem(i * heads + h, 2)
                     plgpu.barrier_wait(full.at[slot])
                     for rows, take in zip(tile_rows, takes, strict=True):
-                        phi = half_features(plan.feature_map, load_tile(x_s.at[slot, rows]), sign)
+                        phi = half_features(plan, load_tile(x_s.at[slot, rows]), sign)
                         phi_s.at[wg, rows][...] = (phi * rows_to(phi.shape, take)).astype(jnp.bfloat16)
                     plgpu.commit_smem()
                     sum_HV = matmul_add(sum_HV, (phi_s.at[wg].transpose((1, 0)), y_s.at[slot]))
@@ -79,19 +77,16 @@ def sums_call(plan: Plan, x, y, places, *, of_queries: bool):
                     return sum_HV
 
                 sum_HV = jax.lax.fori_loop(0, heads, head, zeros((H, H)))
-                phi_s.at[wg][...] = sum_HV.astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                put(phi_s.at[wg], sum_HV)
                 plgpu.copy_smem_to_gmem(phi_s.at[wg], sums_ref.at[bk, c, wg])
                 plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
+        plan,
         kernel,
+        "rla_sums_of_queries" if of_queries else "rla_sums",
+        ("chunks", -(-plan.chunks // span)),
         out_type=jax.ShapeDtypeStruct(plan.state_shape, x.dtype),
-        grid=(-(-plan.chunks // span), plan.batch * plan.kv_heads),
-        grid_names=("chunks", "bk"),
-        kernel_name="rla_sums_of_queries" if of_queries else "rla_sums",
-        num_threads=3,
-        thread_name="wg",
         scratch_types=[
             tiles(2, C, H),
             tiles(2, C, H),
@@ -99,7 +94,6 @@ def sums_call(plan: Plan, x, y, places, *, of_queries: bool):
             plgpu.Barrier(num_barriers=2, num_arrivals=2),
             plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(x, y, places)
 
 
@@ -124,16 +118,14 @@ def outputs_call(plan: Plan, q, k, v, places, states):
         loaded,
         met,
     ):
-        wg, bk, i = jax.lax.axis_index("wg"), jax.lax.axis_index("bk"), jax.lax.axis_index("chunk")
-        b, kv_head = jax.lax.div(bk, plan.kv_heads), jax.lax.rem(bk, plan.kv_heads)
+        wg, i, bk, b, kv_head = program(plan, "chunk")
         c, t = i + plan.past_chunks, i * C
 
         def query_tile(ref, tile, head):
             return ref.at[b, pl.ds(t + tile * TILE, TILE), kv_head * group + head]
 
-        @pl.when(wg == 2)
+        @copying(wg == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
             for tile in range(2):
                 k_tile = k_ref.at[b, pl.ds(t + plan.lag + tile * TILE, TILE), kv_head]
                 plgpu.copy_gmem_to_smem(k_tile, ring.at[tile, 0], full.at[2 * tile + 0])
@@ -150,18 +142,15 @@ def outputs_call(plan: Plan, q, k, v, places, states):
                     plgpu.barrier_wait(empty.at[2 * tile + slot])
                     plgpu.copy_gmem_to_smem(query_tile(q_ref, tile, g), ring.at[tile, slot], full.at[2 * tile + slot])
 
-        @pl.when(wg < 2)
+        @computing(wg < 2, registers=232)
         def _():
-            plgpu.set_max_registers(232, action="increase")
             rows = pl.ds(wg * TILE, TILE)
-            q_ids, reads = (load_rows(q_places_ref.at[b, c, kind, rows]) for kind in range(2))
-            kv_ids = load_columns(kv_places_ref.at[b, c, 0])
-            first, end = readable_range(plan, q_ids, kv_ids, wg * TILE, rows_are_queries=True)
+            readable, reads = load_places(plan, q_places_ref, kv_places_ref, (b, c), rows, rows_are_queries=True)
             reads = rows_to((TILE, H), reads.astype(jnp.float32)).astype(jnp.bfloat16)
 
             def features(slot):
                 x = load_tile(ring.at[wg, slot])
-                return [half_features(plan.feature_map, x, sign).astype(jnp.bfloat16) for sign in plan.signs]
+                return [half_features(plan, x, sign).astype(jnp.bfloat16) for sign in plan.signs]
 
             plgpu.barrier_wait(full.at[2 * wg + 0])
             for half, phi in enumerate(features(0)):
@@ -179,24 +168,21 @@ def outputs_call(plan: Plan, q, k, v, places, states):
                 plgpu.barrier_wait(full.at[2 * wg + slot])
                 phi_q = features(slot)
                 scores = matmul((TILE, C), *((phi, phi_k_s.at[h].transpose((1, 0))) for h, phi in enumerate(phi_q)))
-                scores = jnp.where(in_range((TILE, C), column, first, end), scores, 0.0).astype(jnp.bfloat16)
+                scores = masked(scores, column, readable)
                 old = ((phi * reads, state_s.at[h]) for h, phi in enumerate(phi_q))
-                ring.at[wg, slot][...] = matmul((TILE, H), *old, (scores, v_s)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
+                put(ring.at[wg, slot], matmul((TILE, H), *old, (scores, v_s)))
                 plgpu.copy_smem_to_gmem(ring.at[wg, slot], query_tile(o_ref, wg, g))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(empty.at[2 * wg + slot])
 
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
+        plan,
         kernel,
+        "rla_outputs",
+        ("chunk", plan.query_chunks),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(plan.query_chunks, plan.batch * plan.kv_heads),
-        grid_names=("chunk", "bk"),
-        kernel_name="rla_outputs",
-        num_threads=3,
-        thread_name="wg",
         scratch_types=[
             tiles(2, C, H),
             tiles(2, H, H),
@@ -207,5 +193,4 @@ def outputs_call(plan: Plan, q, k, v, places, states):
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(q, k, v, *places, states)
