@@ -56,7 +56,7 @@ def lines(workdir):
         kinds = {"eval/loss": "eval", "branches/loss": "branches"}
         key = (values["step"], next((kind for name, kind in kinds.items() if name in values), "train"))
         assert key not in found, f"{key} is there twice"
-        times = ("tokens_per_second", "data_wait_fraction")
+        times = ("tokens_per_second", "mfu", "data_wait_fraction")
         found[key] = {name: value for name, value in values.items() if not name.endswith(times)}
     return found
 
