@@ -1,7 +1,8 @@
 """One frozen value maps logical dims to mesh axes; one function makes the mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from kernels_pallas.normed_sum import implementation_for, normed_sum
 from rattn.attention import Attention, linear_attention_for, softmax_attention_for
 from rattn.errors import UserError
 from rattn.model.operators import Operators
 from rattn.model.parameters import flatten
 from rattn.sequence_parallel import linear_attention_over, softmax_attention_over
+
+NormedSum = Callable[..., jax.Array]
 
 AXES = ("data", "fsdp", "seq", "model")
 
@@ -171,17 +175,38 @@ class Sharding:
     def operators(self) -> Operators:
         """What the model is handed: attention for the mesh's devices, and activations that follow the rules."""
         platform = self.mesh.devices.flat[0].platform
-        return self.map_attention(softmax_attention_for(platform), linear_attention_for(platform))
+        sums = functools.partial(normed_sum, implementation=implementation_for(platform))
+        return self.map_attention(softmax_attention_for(platform), linear_attention_for(platform), sums)
 
-    def map_attention(self, softmax_attention: Attention, linear_attention: Attention) -> Operators:
-        """Makes operators of attention functions that know one device only."""
+    def map_attention(
+        self, softmax_attention: Attention, linear_attention: Attention, sums: NormedSum = normed_sum
+    ) -> Operators:
+        """Makes operators of attention functions, and of a `normed_sum`, that know one device only."""
         if self.mesh.size == 1:
-            return Operators(softmax_attention, linear_attention, self._constrain)
+            return Operators(softmax_attention, linear_attention, sums, self._constrain)
         axis = self.rules.length
         if axis and self.mesh.shape[axis] > 1:
             softmax_attention = softmax_attention_over(axis, softmax_attention)
             linear_attention = linear_attention_over(axis, linear_attention)
-        return Operators(self._mapped(softmax_attention), self._mapped(linear_attention), self._constrain)
+        attentions = self._mapped(softmax_attention), self._mapped(linear_attention)
+        return Operators(*attentions, self._mapped_sum(sums), self._constrain)
+
+    def _mapped_sum(self, sums: NormedSum) -> NormedSum:
+        """Runs `sums`, in which no row, token or head meets another, on every device's own."""
+        heads = self.rules.spec(("batch", "length", "heads", "head_dim"))
+        scales = self.rules.spec(("heads", "head_dim"))
+
+        def mapped(a: jax.Array, b: jax.Array, a_scale: jax.Array, b_scale: jax.Array, *, epsilon: float) -> jax.Array:
+            run = jax.shard_map(
+                functools.partial(sums, epsilon=epsilon),
+                mesh=self.mesh,
+                in_specs=(heads, heads, scales, scales),
+                out_specs=heads,
+                check_vma=False,  # as for attention
+            )
+            return run(a, b, a_scale, b_scale)
+
+        return mapped
 
     def _mapped(self, attention: Attention) -> Attention:
         """Runs `attention` on every device's own rows, heads and tokens: XLA cannot split a kernel by itself."""

@@ -34,7 +34,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if H < 16 or H & (H - 1):
         raise ValueError(f"q_BTNH has head dim {H}: 'pallas_gpu' needs a power of two >= 16; use 'chunked'.")
-    on_hopper = _has_hopper() and hopper.fits(str(q_BTNH.dtype), T, S, H, window, feature_map)
+    on_hopper = hopper.present() and hopper.fits(str(q_BTNH.dtype), T, S, H, window, feature_map)
     plan = Plan(
         batch=B,
         query_len=T,
@@ -60,11 +60,6 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
         same_B = documents[:, -1] == kv_segment_ids[:, -1]
         state_BKPH = jnp.where(same_B[:, None, None, None], state_BKPH, 0.0)
     return o, state_BKPH
-
-
-def _has_hopper() -> bool:
-    """Returns whether this process computes on a Hopper GPU."""
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
 
 
 def _varying_like(like, x):

@@ -76,12 +76,14 @@ class Mixer(nnx.Module):
 
     def merge(self, softmax_BTNH: jax.Array | None, linear_BTNH: jax.Array | None) -> jax.Array:
         """Returns [B, T, D] from what `branches` returned: each branch normed where `kind` says so, then projected."""
-        normed = []
-        if softmax_BTNH is not None:
-            normed.append(self.softmax_norm(softmax_BTNH) if self.has_linear else softmax_BTNH)
-        if linear_BTNH is not None:
-            normed.append(self.linear_norm(linear_BTNH))
-        o_BTNH = checkpoint_name(sum(normed[1:], normed[0]), OPERAND)
+        if linear_BTNH is None:
+            o_BTNH = softmax_BTNH
+        elif softmax_BTNH is None:
+            o_BTNH = self.linear_norm(linear_BTNH)
+        else:
+            scales_NH = self.softmax_norm.scale[...], self.linear_norm.scale[...]
+            o_BTNH = self.operators.normed_sum(softmax_BTNH, linear_BTNH, *scales_NH, epsilon=self.linear_norm.epsilon)
+        o_BTNH = checkpoint_name(o_BTNH, OPERAND)
         return jnp.einsum("btnh,nhd->btd", o_BTNH, self.out_NHD[...].astype(o_BTNH.dtype))
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

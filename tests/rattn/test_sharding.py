@@ -1,5 +1,7 @@
 """The mesh, the rules, and a sharded step that equals the unsharded one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.normed_sum import normed_sum
 from rattn.config import load_config, validate
 from rattn.errors import UserError
 from rattn.model.parameters import flatten, initial_parameters, model_spec
@@ -47,6 +50,40 @@ def test_two_dims_on_one_axis_are_refused():
     with pytest.raises(UserError, match=r"Dims \('embed', 'mlp'\) put mesh axis 'fsdp' on two dims"):
         ShardingRules(mlp="fsdp").spec(("embed", "mlp"))
     assert ShardingRules().spec(("batch", "length", None)) == P(("data", "fsdp"), "seq", None)
+
+
+@jax.custom_vjp
+def own_gradient(a, b, a_scale, b_scale):
+    """A normed sum with a backward of its own, as a kernel has; what it returns is of the tokens it was given."""
+    return normed_sum(a, b, a_scale, b_scale, epsilon=1e-3)
+
+
+own_gradient.defvjp(
+    lambda *operands: (own_gradient(*operands), operands),
+    lambda operands, do: jax.vjp(functools.partial(normed_sum, epsilon=1e-3), *operands)[1](do),
+)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "seq": 2, "model": 2}, {"data": 2, "fsdp": 2, "seq": 2}])
+@pytest.mark.parametrize("sums", [normed_sum, lambda *operands, epsilon: own_gradient(*operands)], ids=["plain", "own"])
+def test_normed_sum_and_its_gradients_equal_one_device(mesh, sums):
+    """A scale's gradient is a sum over the rows and tokens of all devices."""
+    shapes = ((4, 6, 4, 8),) * 2 + ((4, 8),) * 2 + ((4, 6, 4, 8),)
+    draws = np.random.default_rng(0).spawn(5)
+    *operands, do = (draw.normal(size=shape).astype(np.float32) for draw, shape in zip(draws, shapes, strict=True))
+
+    def results(function):
+        @jax.jit
+        def run(do, *operands):
+            o, pull = jax.vjp(functools.partial(function, epsilon=1e-3), *operands)
+            return o, *pull(do)
+
+        return jax.device_get(run(do, *operands))
+
+    sharding = Sharding(make_mesh(config_of(**mesh).mesh))
+    got = results(sharding.map_attention(None, None, sums).normed_sum)
+    for name, value, wanted in zip(("o", "da", "db", "d_a_scale", "d_b_scale"), got, results(normed_sum), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
 @pytest.fixture
