@@ -17,6 +17,7 @@ from kernels_pallas.residual_linear_attention import pallas_gpu_hopper as hopper
 from kernels_pallas.residual_linear_attention.pallas_gpu_hopper import TILE, WGMMA, load_tile, put, rows_to
 
 TILES = 8  # tiles of one program
+SCRATCH_BYTES = 8192  # with which a sum over rows meets in half of its columns at a time
 COLUMNS = WGMMA.reduce(0)  # one value for each column of a tile
 
 
@@ -65,9 +66,8 @@ def _sum_call(epsilon, a_MNH, b_MNH, a_scale_NH, b_scale_NH):
 
         _each_tile((a_ref, b_ref), (a_s, b_s), full, work, ())
 
-    return _launch(kernel, "normed_sum", a_MNH.shape, tensors=2, out_type=_like(a_MNH))(
-        a_MNH, b_MNH, a_scale_NH, b_scale_NH
-    )
+    run = _launch(kernel, "normed_sum", a_MNH.shape, tensors=2, scratch_bytes=0, out_type=_like(a_MNH))
+    return run(a_MNH, b_MNH, a_scale_NH, b_scale_NH)
 
 
 def _gradients_call(epsilon, a_MNH, b_MNH, a_scale_NH, b_scale_NH, do_MNH):
@@ -96,13 +96,18 @@ def _gradients_call(epsilon, a_MNH, b_MNH, a_scale_NH, b_scale_NH, do_MNH):
             dscales_ref.at[jax.lax.axis_index("program"), side, jax.lax.axis_index("head")][...] = dscale
 
     parts = jax.ShapeDtypeStruct((_programs(a_MNH.shape), 2, N, H), jnp.float32)
-    out_type = [_like(a_MNH), _like(b_MNH), parts]
-    return _launch(kernel, "normed_sum_gradients", a_MNH.shape, tensors=3, out_type=out_type)(
-        a_MNH, b_MNH, a_scale_NH, b_scale_NH, do_MNH
+    run = _launch(
+        kernel,
+        "normed_sum_gradients",
+        a_MNH.shape,
+        tensors=3,
+        scratch_bytes=SCRATCH_BYTES,
+        out_type=[_like(a_MNH), _like(b_MNH), parts],
     )
+    return run(a_MNH, b_MNH, a_scale_NH, b_scale_NH, do_MNH)
 
 
-def _launch(kernel, name, shape, *, tensors, out_type):
+def _launch(kernel, name, shape, *, tensors, scratch_bytes, out_type):
     """Returns a function of arrays that runs `kernel` with two tiles of shared memory for each of `tensors` arrays."""
     _, N, H = shape
     return plgpu.kernel(
@@ -116,7 +121,7 @@ def _launch(kernel, name, shape, *, tensors, out_type):
             *(hopper.tiles(2, TILE, H) for _ in range(tensors)),
             plgpu.Barrier(num_barriers=2, num_arrivals=tensors),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=scratch_bytes),
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from kernels_pallas.normed_sum.plain import forward as plain_normed_sum
 from rattn.model.layers import ACTIVATIONS, rms_norm
 from rattn.sharding import Sharding
 
@@ -194,14 +195,14 @@ def finish(
     layer: LayerSpec, weights: Weights, x: jax.Array, softmax: jax.Array | None, linear: jax.Array | None
 ) -> jax.Array:
     """Adds to x [..., D] what the branches [..., K, G, H] say, and then the feed-forward."""
-    normed = []
-    if softmax is not None:
-        normed.append(
-            rms_norm(softmax, weights["softmax_norm_KGH"], layer.norm_epsilon) if layer.has_linear else softmax
-        )
-    if linear is not None:
-        normed.append(rms_norm(linear, weights["linear_norm_KGH"], layer.norm_epsilon))
-    x = x + jnp.einsum("...kgh,kghd->...d", sum(normed[1:], normed[0]), weights["out_KGHD"])
+    if linear is None:
+        o = softmax
+    elif softmax is None:
+        o = rms_norm(linear, weights["linear_norm_KGH"], layer.norm_epsilon)
+    else:
+        scales = weights["softmax_norm_KGH"], weights["linear_norm_KGH"]
+        o = plain_normed_sum(softmax, linear, *scales, epsilon=layer.norm_epsilon)
+    x = x + jnp.einsum("...kgh,kghd->...d", o, weights["out_KGHD"])
     h = rms_norm(x, weights["mlp_norm_D"], layer.norm_epsilon)
     gate_up = jnp.einsum("...d,dcf->...cf", h, weights["gate_up_DCF"])
     hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
