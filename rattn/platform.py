@@ -35,13 +35,15 @@ def configure(deterministic_cache: epath.PathLike | None = None) -> None:
 
 
 def gpu_flags(deterministic: bool) -> dict[str, str]:
-    """The XLA flags of a GPU run.
+    """The XLA flags of a GPU run; `docs/step_log_gpu.md` has what they save, and the flags that did not help.
 
     Args:
       deterministic: leave out operations whose result depends on the order in which threads arrive, such as adding
         up an embedding's gradient in place.
     """
-    return {"xla_gpu_exclude_nondeterministic_ops": "true"} if deterministic else {}
+    # XLA would make one product of those of q, k and v, and copy their operands together and their results apart.
+    flags = {"xla_gpu_dot_merger_threshold_mb": "0"}
+    return flags | ({"xla_gpu_exclude_nondeterministic_ops": "true"} if deterministic else {})
 
 
 def with_flags(given: str, flags: dict[str, str]) -> str:
