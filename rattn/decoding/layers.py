@@ -19,9 +19,10 @@ Weights = Mapping[str, jax.Array]
 
 # Logical dims of a layer's weights. A key/value head's G query projections, its key's and its value's stand together
 # (A = G + 2), and so do gate and up: one matrix product each, which no number of devices along `model` cuts wrongly.
+# What is summed over is one dim (E = K·G·H): XLA would transpose a weight with several of them in every step.
 LAYER_DIMS = {
     "qkv_DKAH": ("embed", "kv_heads", None, "head_dim"),
-    "out_KGHD": ("kv_heads", None, "head_dim", "embed"),
+    "out_ED": ("heads", "embed"),
     "gate_up_DCF": ("embed", None, "mlp"),
     "down_FD": ("mlp", "embed"),
     "softmax_norm_KGH": ("kv_heads", None, "head_dim"),
@@ -148,7 +149,7 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str,
     q_DKGH = mixer["q_DNH"].reshape(D, K, G, H)
     weights = {
         "qkv_DKAH": jnp.concatenate([q_DKGH, mixer["k_DKH"][:, :, None], mixer["v_DKH"][:, :, None]], axis=2),
-        "out_KGHD": mixer["out_NHD"].reshape(K, G, H, D),
+        "out_ED": mixer["out_NHD"].reshape(-1, D),
         "gate_up_DCF": jnp.stack([mlp["gate_DF"], mlp["up_DF"]], axis=1),
         "down_FD": mlp["down_FD"],
     }
@@ -202,7 +203,7 @@ def finish(
     else:
         scales = weights["softmax_norm_KGH"], weights["linear_norm_KGH"]
         o = plain_normed_sum(softmax, linear, *scales, epsilon=layer.norm_epsilon)
-    x = x + jnp.einsum("...kgh,kghd->...d", o, weights["out_KGHD"])
+    x = x + jnp.einsum("...e,ed->...d", o.reshape(*x.shape[:-1], -1), weights["out_ED"])
     h = rms_norm(x, weights["mlp_norm_D"], layer.norm_epsilon)
     gate_up = jnp.einsum("...d,dcf->...cf", h, weights["gate_up_DCF"])
     hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
