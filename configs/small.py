@@ -27,6 +27,8 @@ def get_config(arguments: str = "") -> ConfigDict:
         vocab_size=8192,
         window=args.window,
         compute_dtype="bfloat16",
+        # A scan would fill 24 GB of stacks with zeros and copy into and out of them.
+        scan_blocks=False,
     )
     config.data.update(
         task="python_source",
