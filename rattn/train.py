@@ -313,7 +313,8 @@ def _first_state(
 
 
 def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
-    multihost.say(f"Logs: {workdir}/metrics.jsonl and {workdir}/tensorboard · checkpoints: {workdir}/checkpoints")
+    logs = f"{workdir}/metrics.jsonl" + (f" and {workdir}/tensorboard" if config.log.tensorboard else "")
+    multihost.say(f"Logs: {logs} · checkpoints: {workdir}/checkpoints")
     if status == EXIT_RESTART:
         multihost.say(f"Stopped by a signal and saved. To continue: {command}")
     else:
