@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
         status = run.loop(step_functions, state, shardings, first_step)
     finally:
         checkpoints.close()
-    _say_goodbye(status, workdir, command)
+    _say_goodbye(status, config, workdir, command)
     return status
 
 
@@ -312,7 +312,7 @@ def _first_state(
     return initialise(), 0
 
 
-def _say_goodbye(status: int, workdir: epath.Path, command: str) -> None:
+def _say_goodbye(status: int, config: ConfigDict, workdir: epath.Path, command: str) -> None:
     logs = f"{workdir}/metrics.jsonl" + (f" and {workdir}/tensorboard" if config.log.tensorboard else "")
     multihost.say(f"Logs: {logs} · checkpoints: {workdir}/checkpoints")
     if status == EXIT_RESTART:

@@ -165,10 +165,14 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str,
     }
 
 
-def project(layer: LayerSpec, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norms and projects the residual stream [..., D] to q [..., K, G, H] and k, v [..., K, H]."""
+def project(layer: LayerSpec, weights: Weights, x: jax.Array) -> jax.Array:
+    """Norms and projects the residual stream [..., D] to qkv [..., K, A, H]."""
     x = rms_norm(x, weights["mixer_norm_D"], layer.norm_epsilon)
-    qkv = jnp.einsum("...d,dkah->...kah", x, weights["qkv_DKAH"])
+    return jnp.einsum("...d,dkah->...kah", x, weights["qkv_DKAH"])
+
+
+def split(layer: LayerSpec, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits qkv [..., K, A, H] into q [..., K, G, H] and k, v [..., K, H]."""
     return qkv[..., : layer.group, :], qkv[..., layer.group, :], qkv[..., layer.group + 1, :]
 
 

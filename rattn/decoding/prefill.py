@@ -21,6 +21,7 @@ from rattn.decoding.layers import (
     project,
     softmax_key,
     softmax_query,
+    split,
 )
 from rattn.model.layers import rope
 from rattn.model.operators import Operators
@@ -93,7 +94,7 @@ def prefill_layer(
       chunk: where the tokens stand.
       x_BTD: the residual stream.
     """
-    q_BTKGH, k_BTKH, v_BTKH = project(layer, weights, x_BTD)
+    q_BTKGH, k_BTKH, v_BTKH = split(layer, project(layer, weights, x_BTD))
     keys = _Keys(chunk, *_kept(layer, layout, cache, chunk.before, history), x_BTD.shape[1])
     if not layer.has_linear:
         k_BTKH = _positioned(layer, softmax_key(layer, weights, k_BTKH), keys.positions_BT)

@@ -34,6 +34,7 @@ from rattn.decoding.layers import (
     project,
     softmax_key,
     softmax_query,
+    split,
 )
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import rope_angles, rotate
@@ -135,14 +136,74 @@ def _layer_step(
     x_BD: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
     """One layer's part of `step`; `clock` is the one before the token."""
-    q_BKGH, k_BKH, v_BKH = project(layer, weights, x_BD)
-    positions_B = clock.length_B
+    qkv_BKAH = project(layer, weights, x_BD)
+    if kernel != "none" and _kernel_fits(layer, x_BD.dtype):
+        softmax, linear, cache = _by_kernel(layer, layout, kernel == "interpreted", weights, cache, clock, qkv_BKAH)
+    else:
+        softmax, linear, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
+    return finish(layer, weights, x_BD, softmax, linear), cache
+
+
+def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:
+    sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
+    return sees and pallas_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
+
+
+def _by_kernel(
+    layer: LayerSpec,
+    layout: CacheLayout,
+    interpret: bool,
+    weights: Weights,
+    cache: LayerCache,
+    clock: Clock,
+    qkv_BKAH: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """Returns what `_by_xla` does, by the kernel."""
+    slots, now = layout.slots(layer), clock.after_a_step()
+    slot_B = clock.length_B if layer.kind == "full" else jnp.broadcast_to(clock.steps % slots, clock.length_B.shape)
+    angles = None
+    if layer.rope_theta is not None:
+        # The slots' angles are the same in all sequences: they are seen from the query.
+        positions = -ages_of_slots(now.steps, slots) if layer.has_linear else clock.length_B
+        angles = rope_angles(positions, layer.head_dim, layer.rope_theta)
+    plan = pallas_gpu.Plan(
+        window=layout.capacity if layer.kind == "full" else layout.kept_window(layer),
+        fold_tokens=layout.fold_tokens if layer.has_linear else 0,
+        epsilon=layer.norm_epsilon if layer.qk_norm else None,
+        normed_features=layer.feature_map_after_qk_norm,
+        interpret=interpret,
+    )
+    softmax, linear, k_BKSH, v_BKSH = pallas_gpu.attend(
+        plan,
+        qkv_BKAH,
+        cache["k_BKSH"],
+        cache["v_BKSH"],
+        slot_B,
+        now.length_B - now.start_B,
+        scales=(weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
+        angles=angles,
+        state_BKPH=cache.get("state_BKPH"),
+        unfolded=now.unfolded,
+    )
+    return softmax, linear, cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+
+
+def _by_xla(
+    layer: LayerSpec,
+    layout: CacheLayout,
+    weights: Weights,
+    cache: LayerCache,
+    clock: Clock,
+    qkv_BKAH: jax.Array,
+) -> tuple[jax.Array | None, jax.Array | None, LayerCache]:
+    """Writes the new key and value to the cache; returns the branches' o_BKGH, softmax and linear, and the cache."""
+    q_BKGH, k_BKH, v_BKH = split(layer, qkv_BKAH)
     if not layer.has_linear:
-        k_BKH = _positioned(layer, softmax_key(layer, weights, k_BKH), positions_B)
+        k_BKH = _positioned(layer, softmax_key(layer, weights, k_BKH), clock.length_B)
     if layer.kind == "full":
         cache = {
-            "k_BKSH": _write_rows(cache["k_BKSH"], k_BKH, positions_B),
-            "v_BKSH": _write_rows(cache["v_BKSH"], v_BKH, positions_B),
+            "k_BKSH": _write_rows(cache["k_BKSH"], k_BKH, clock.length_B),
+            "v_BKSH": _write_rows(cache["v_BKSH"], v_BKH, clock.length_B),
         }
     else:
         slot = clock.steps % layout.slots(layer)
@@ -151,62 +212,9 @@ def _layer_step(
             "v_BKSH": _write_slot(cache["v_BKSH"], v_BKH, slot),
         }
     now = clock.after_a_step()
-    if kernel != "none" and _kernel_fits(layer, x_BD.dtype):
-        softmax, linear = _kernel_branches(layer, layout, kernel == "interpreted", weights, cache, now, q_BKGH)
-    else:
-        softmax = _softmax_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_softmax else None
-        linear = _linear_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_linear else None
-    return finish(layer, weights, x_BD, softmax, linear), cache
-
-
-def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:
-    plain = layer.has_softmax and not layer.feature_map_after_qk_norm and (layer.kind == "full" or layer.window > 0)
-    return plain and pallas_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
-
-
-def _kernel_branches(
-    layer: LayerSpec,
-    layout: CacheLayout,
-    interpret: bool,
-    weights: Weights,
-    cache: LayerCache,
-    now: Clock,
-    q_BKGH: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns what `_softmax_branch` and `_linear_branch` do, by the kernel."""
-    known_B = now.length_B - now.start_B
-    q = softmax_query(layer, weights, q_BKGH)
-    if not layer.has_linear:
-        q = _positioned(layer, q, now.length_B - 1)
-        if layer.kind == "full":
-            plan, newest_B = pallas_gpu.Plan(layout.capacity, interpret=interpret), now.length_B - 1
-        else:
-            plan = pallas_gpu.Plan(layout.kept_window(layer), interpret=interpret)
-            newest_B = jnp.broadcast_to((now.steps - 1) % layout.slots(layer), known_B.shape)
-        return pallas_gpu.attend(plan, q, cache["k_BKSH"], cache["v_BKSH"], newest_B, known_B)
-    slots = layout.slots(layer)
-    rotated = layer.rope_theta is not None
-    ages = ages_of_slots(now.steps, slots)
-    plan = pallas_gpu.Plan(
-        window=layout.kept_window(layer),
-        fold_tokens=layout.fold_tokens,
-        epsilon=layer.norm_epsilon if layer.qk_norm else None,
-        rotated=rotated,
-        interpret=interpret,
-    )
-    return pallas_gpu.attend(
-        plan,
-        q,
-        cache["k_BKSH"],
-        cache["v_BKSH"],
-        jnp.broadcast_to((now.steps - 1) % slots, known_B.shape),
-        known_B,
-        phi_BKGP=features(layer.feature_map, q_BKGH).astype(q.dtype),
-        state_BKPH=cache["state_BKPH"],
-        unfolded=now.unfolded,
-        scale_H=weights.get("k_norm_H"),
-        angles=rope_angles(-ages, layer.head_dim, layer.rope_theta) if rotated else None,
-    )
+    softmax = _softmax_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_softmax else None
+    linear = _linear_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_linear else None
+    return softmax, linear, cache
 
 
 def _softmax_branch(
