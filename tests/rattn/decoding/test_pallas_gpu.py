@@ -13,17 +13,40 @@ from tests.rattn.decoding import test_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
-B, K, G, H = 2, 2, 4, 32
+B, K, H, EPSILON = 2, 2, 32, 1e-6
 
 
-def arrays(slots):
+def arrays(slots, group, normed):
+    """Returns qkv, keys, values, a state and the scales of a norm, or None."""
     random = np.random.default_rng(5)
 
     def draw(*shape, dtype=jnp.bfloat16):
         return random.standard_normal(shape, np.float32).astype(dtype)
 
-    state, scale = draw(B, K, 2 * H, H, dtype=np.float32), np.float32(0.1) * draw(H, dtype=np.float32)
-    return draw(B, K, G, H), draw(B, K, slots, H), draw(B, K, slots, H), state, scale + np.float32(1)
+    scales = tuple(np.float32(1) + np.float32(0.3) * draw(H, dtype=np.float32) for _ in range(2)) if normed else None
+    kept = (draw(B, K, slots, H) for _ in range(2))
+    return draw(B, K, group + 2, H), *kept, draw(B, K, 2 * H, H, dtype=np.float32), scales
+
+
+@jax.jit
+def positioned(x, scale=None, angles=None):
+    """Norms and rotates as training does; angles are of x's dim before the last, or of its first."""
+    if scale is not None:
+        x = rms_norm(x, scale, EPSILON)
+    if angles is None:
+        return x
+    shape = (1, 1, -1, H // 2) if angles[0].shape[0] == x.shape[2] else (-1, 1, 1, H // 2)
+    return rotate(x, *(angle.reshape(shape) for angle in angles))
+
+
+def assert_kept(found, before, new_BKH, slot_B):
+    """Compares a cache with what it was and the new token in its slot, to a rounding of rotation and norm."""
+    wanted = np.array(before, np.float32)
+    for row, slot in enumerate(slot_B):
+        if slot < wanted.shape[2]:
+            wanted[row, :, slot] = new_BKH[row].astype(np.float32)
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=0, atol=2.0**-7 * np.abs(new_BKH).max())
+    return wanted
 
 
 def by_hand(q, k, v, visible_BS):
@@ -46,53 +69,69 @@ def assert_within_rounding(found, wanted, roundings):
 
 
 @pytest.mark.parametrize(
-    ("newest", "known", "window"),
+    ("newest", "known", "window", "group", "normed", "rotated"),
     [
-        ((299, 270), (300, 271), 300),  # a full layer: slot = position, sequences of two lengths
-        ((100, 100), (150, 70), 120),  # a ring that goes round in one sequence
-        ((5, 5), (1, 300), 300),
+        ((299, 270), (300, 271), 300, 4, False, False),  # a full layer: slot = position, sequences of two lengths
+        ((100, 100), (150, 70), 120, 8, True, True),  # a ring that goes round in one sequence
+        ((5, 5), (1, 300), 300, 1, True, False),
+        ((299, 300), (300, 1), 300, 4, False, True),  # one sequence past the end, which sees its own key alone
     ],
 )
-def test_plain_keys(newest, known, window):
-    q, k, v, _, _ = arrays(300)
+def test_keys_as_read(newest, known, window, group, normed, rotated):
+    qkv, k, v, _, scales = arrays(300, group, normed)
     newest, known = (np.array(x, np.int32) for x in (newest, known))
-    plan = pallas_gpu.Plan(window, interpret=True)
-    found, linear = jax.jit(lambda *x: pallas_gpu.attend(plan, *x))(q, k, v, newest, known)
-    ages = (newest[:, None] - np.arange(300)[None]) % 300
+    angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
+    plan = pallas_gpu.Plan(window, epsilon=EPSILON if normed else None, interpret=True)
+    attend = jax.jit(lambda *x: pallas_gpu.attend(plan, *x, scales=scales, angles=angles))
+    found, linear, kept_k, kept_v = attend(qkv, k, v, newest, known)
     assert linear is None
+    q = positioned(qkv[:, :, :group], scales and scales[0], angles)
+    new_k = positioned(qkv[:, :, group : group + 1], scales and scales[1], angles)
+    k = assert_kept(kept_k, k, np.asarray(new_k)[:, :, 0], newest)
+    v = assert_kept(kept_v, v, qkv[:, :, -1], newest)
+    ages = (newest[:, None] - np.arange(300)[None]) % 300
+    wanted = by_hand(q, k, v, ages < np.minimum(window, known)[:, None])
+    past = newest == 300
+    wanted[past] = qkv[past][:, :, -1:].astype(np.float64)
     # The weights and the result; products are added up in float32.
-    assert_within_rounding(found, by_hand(q, k, v, ages < np.minimum(window, known)[:, None]), roundings=2)
+    assert_within_rounding(found, wanted, roundings=2)
 
 
-def test_keys_as_projected_and_the_linear_branch():
+@pytest.mark.parametrize(
+    ("group", "normed", "rotated", "normed_features"),
+    [(4, True, True, False), (1, True, False, True), (8, False, True, False)],
+)
+def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_features):
     """A ring of W + C that goes round: keys normed and rotated on the way, the state, and keys that wait."""
     window, fold_tokens, unfolded, newest = 250, 20, 17, 40
     slots = window + fold_tokens
-    q, k, v, state, scale = arrays(slots)
+    qkv, k, v, state, scales = arrays(slots, group, normed)
     known = np.array([400, 260], np.int32)
     ages = (newest - np.arange(slots)) % slots
-    sin, cos = jax.jit(lambda x: rope_angles(x, H, 1e4))(-ages)
-    phi, phi_k = jax.jit(lambda *x: [features("softmax", one) for one in x])(q, k)
-    plan = pallas_gpu.Plan(window, fold_tokens, 1e-6, True, interpret=True)
-    softmax, linear = jax.jit(lambda **x: pallas_gpu.attend(plan, **x))(
-        q_BKGH=q,
+    angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(-ages) if rotated else None
+    plan = pallas_gpu.Plan(window, fold_tokens, EPSILON if normed else None, normed_features, interpret=True)
+    softmax, linear, kept_k, kept_v = jax.jit(lambda **x: pallas_gpu.attend(plan, **x))(
+        qkv_BKAH=qkv,
         k_BKSH=k,
         v_BKSH=v,
         newest_B=np.full(B, newest, np.int32),
         known_B=known,
-        phi_BKGP=phi.astype(jnp.bfloat16),
+        scales=scales,
+        angles=angles,
         state_BKPH=state,
         unfolded=np.int32(unfolded),
-        scale_H=scale,
-        angles=(sin, cos),
     )
-    positioned = jax.jit(lambda k, sin, cos: rotate(rms_norm(k, scale, 1e-6), sin, cos))(
-        k, sin[None, None], cos[None, None]
-    )
+    q_scale, k_scale = scales or (None, None)
+    q = qkv[:, :, :group]
+    k = assert_kept(kept_k, k, qkv[:, :, group], [newest] * B).astype(jnp.bfloat16)
+    v = assert_kept(kept_v, v, qkv[:, :, group + 1], [newest] * B)
     reach = np.minimum(window, known)[:, None]
-    assert_within_rounding(softmax, by_hand(q, positioned, v, ages[None] < reach), roundings=2)
+    wanted = by_hand(positioned(q, q_scale), positioned(k, k_scale, angles), v, ages[None] < reach)
+    assert_within_rounding(softmax, wanted, roundings=2)
     waits = (ages[None] >= window) & (ages[None] < window + unfolded) & (ages[None] < known[:, None])
     assert waits.sum(axis=1).tolist() == [17, 10]
+    given = (positioned(q, q_scale), positioned(k, k_scale)) if normed_features else (q, k)
+    phi, phi_k = jax.jit(lambda *x: [features("softmax", one) for one in x])(*given)
     phi, phi_k, v, state = (np.asarray(x, np.float64) for x in (phi, phi_k, v, state))
     scores = np.einsum("bkgp,bksp->bkgs", phi, phi_k) * waits[:, None, None]
     wanted = np.einsum("bkgs,bksh->bkgh", scores, v) + np.einsum("bkgp,bkph->bkgh", phi, state)
@@ -101,18 +140,13 @@ def test_keys_as_projected_and_the_linear_branch():
 
 
 def test_the_kernel_lowers_for_a_hopper():
-    shapes = {
-        "q_BKGH": (B, K, 4, 128),
-        "k_BKSH": (B, K, 528, 128),
-        "v_BKSH": (B, K, 528, 128),
-        "phi_BKGP": (B, K, 4, 256),
-    }
+    shapes = {"qkv_BKAH": (B, K, 6, 128), "k_BKSH": (B, K, 528, 128), "v_BKSH": (B, K, 528, 128)}
     given = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     given |= {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in ("newest_B", "known_B")}
     given["state_BKPH"] = jax.ShapeDtypeStruct((B, K, 256, 128), jnp.float32)
-    given["unfolded"], given["scale_H"] = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((128,), jnp.float32)
+    given["unfolded"], given["scales"] = jax.ShapeDtypeStruct((), jnp.int32), (jax.ShapeDtypeStruct((128,), "f4"),) * 2
     given["angles"] = (jax.ShapeDtypeStruct((528, 64), jnp.float32),) * 2
-    attend = jax.jit(lambda **x: pallas_gpu.attend(pallas_gpu.Plan(512, 16, 1e-6, True), **x))
+    attend = jax.jit(lambda **x: pallas_gpu.attend(pallas_gpu.Plan(512, 16, 1e-6), **x))
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = attend.trace(**given).lower(lowering_platforms=("cuda",))

@@ -130,6 +130,7 @@ def test_bfloat16_stays_within_its_rounding(miniature, attention):
     √(2·R·L) · 2⁻⁸ / √3.
     """
     changes = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 32, "mlp_width": 16} | TWO_MIXERS
+    changes["rope_pattern"] = (True, True)
     mini = miniature(fold_tokens=5, state_dtype="bfloat16", attention=attention, **changes)
     wanted = mini.trained(TOKENS)
     logits, cache = mini.chunk(mini.decoder.empty_cache(3, 24), prefix(LENGTHS), 10)
