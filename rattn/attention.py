@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention import implementation_for, residual_linear_attention
 from rattn.model.remat import ATTENTION_OUTPUT
 from rattn.model.softmax_attention import blockwise_attention
@@ -85,8 +86,7 @@ def gpu_attention(
 
 def _hopper_attention() -> Any | None:
     """Returns jax-linear-attention's attention module where it is installed and the GPU is a Hopper."""
-    hopper = getattr(jax.local_devices()[0], "compute_capability", "").startswith("9.")
-    if not hopper or importlib.util.find_spec("jla") is None:
+    if not devices.on_hopper() or importlib.util.find_spec("jla") is None:
         return None
     return importlib.import_module("jla.ops.mosaic_gpu.attention")
 

@@ -9,6 +9,7 @@ loop fetches them: median (extremes) after two steps of warm-up. MFU counts the 
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -19,12 +20,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from ml_collections import ConfigDict
 
 from rattn import accounting, multihost, platform
 from rattn.config import load_config, override, validate
 from rattn.data.batches import open_data, prefetched
 from rattn.errors import UserError
-from rattn.model.parameters import initial_parameters, model_spec
+from rattn.model.parameters import ModelSpec, initial_parameters, model_spec
 from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.planning.collectives import by_kind, find_collectives
 from rattn.planning.roofline import network_bytes
@@ -39,15 +42,7 @@ COLUMNS = "{:<24} {:>10} {:>26} {:>11} {:>7} {:>10} {:>9}"
 
 def main() -> int:
     """Prints one row for each point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument(
-        "--points", nargs="+", required=True, help="mixer:window:context; an empty window: the recipe's"
-    )
-    parser.add_argument("--tokens", type=int, default=131_072, help="tokens a step, over all devices")
-    parser.add_argument("--microbatch_tokens", type=int, default=16_384, help="tokens that a device holds at a time")
-    parser.add_argument("--set", nargs="*", default=[], help="config overrides, key=value")
-    parser.add_argument("--mesh", nargs="*", default=["data=1", "fsdp=-1"])
+    parser = point_arguments(__doc__)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--profile", action="store_true", help="add a table of the last step's kernels by kind")
     parser.add_argument("--out", type=pathlib.Path, help="folder for results.jsonl and profiles")
@@ -60,6 +55,20 @@ def main() -> int:
     for point in args.points:
         row(args, point)
     return 0
+
+
+def point_arguments(description: str) -> argparse.ArgumentParser:
+    """Returns a parser of what `lower_step` reads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument(
+        "--points", nargs="+", required=True, help="mixer:window:context; an empty window: the recipe's"
+    )
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens a step, over all devices")
+    parser.add_argument("--microbatch_tokens", type=int, default=16_384, help="tokens that a device holds at a time")
+    parser.add_argument("--set", nargs="*", default=[], help="config overrides, key=value")
+    parser.add_argument("--mesh", nargs="*", default=["data=1", "fsdp=-1"])
+    return parser
 
 
 def row(args: argparse.Namespace, point: str) -> None:
@@ -95,15 +104,53 @@ def row(args: argparse.Namespace, point: str) -> None:
             file.write(json.dumps(result | {"arguments": sys.argv[1:]}) + "\n")
 
 
-def measure(args: argparse.Namespace, point: str) -> dict:
-    """Trains a few steps of one point; returns what `row` prints."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A point's training step, lowered for the devices of its mesh.
+
+    Attributes:
+      shardings: of the state, which the step donates.
+      lowered: takes the state and a batch.
+    """
+
+    config: ConfigDict
+    sharding: Sharding
+    spec: ModelSpec
+    optimizer: optax.GradientTransformation
+    shardings: dict
+    lowered: jax.stages.Lowered
+
+
+def lower_step(args: argparse.Namespace, point: str, devices: list[jax.Device] | None = None) -> Step:
+    """Lowers the training step of a point for all devices, or for those given, which need not be there."""
     config = point_config(args, point)
-    platform.configure()
     config.mesh.update({axis: int(size) for axis, _, size in (item.partition("=") for item in args.mesh)})
-    sharding = Sharding(make_mesh(config.mesh))
+    sharding = Sharding(make_mesh(config.mesh, devices))
     config.accumulation_steps = max(1, args.tokens // (args.microbatch_tokens * sharding.mesh.size))
     validate(config)
     sharding.check_batch(config)
+    spec = model_spec(config.model, sharding.operators())
+    optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
+    shapes, shardings = state_layout(spec, optimizer, sharding)
+    state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+    schedule = learning_rate_schedule(config.optimizer, config.total_steps)
+    jitted = jax.jit(
+        make_train_step(config, spec, optimizer, schedule),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated),
+    )
+    lowered = jitted.lower(state, batch_shapes(config, sharding.batch))
+    return Step(config, sharding, spec, optimizer, shardings, lowered)
+
+
+def measure(args: argparse.Namespace, point: str) -> dict:
+    """Trains a few steps of one point; returns what `row` prints."""
+    platform.configure()
+    started = time.monotonic()
+    built = lower_step(args, point)
+    step = built.lowered.compile()
+    compile_seconds = time.monotonic() - started
+    config, sharding, spec = built.config, built.sharding, built.spec
     split = multihost.BatchSplit(sharding.batch)
     data = open_data(
         config.data,
@@ -112,25 +159,13 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         seed=config.seed,
         local_rows=split.rows,
     )
-    spec = model_spec(config.model, sharding.operators())
-    optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
-    _, shardings = state_layout(spec, optimizer, sharding)
 
     def first_state():
         parameters = initial_parameters(config.model, config.seed)
-        return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+        step = jnp.zeros((), jnp.int32)
+        return {"parameters": parameters, "optimizer": built.optimizer.init(parameters), "step": step}
 
-    state = jax.jit(first_state, out_shardings=shardings)()
-    step_function = make_train_step(
-        config, spec, optimizer, learning_rate_schedule(config.optimizer, config.total_steps)
-    )
-    started = time.monotonic()
-    step = (
-        jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, sharding.replicated))
-        .lower(state, batch_shapes(config, sharding.batch))
-        .compile()
-    )
-    compile_seconds = time.monotonic() - started
+    state = jax.jit(first_state, out_shardings=built.shardings)()
     batches = prefetched(data.train, 0, read_threads=2, prefetch_batches=4)
     folder = (args.out or pathlib.Path("/tmp")) / f"profile_{point.replace(':', '_')}"
     times, flops, pending = [], [], None
@@ -156,8 +191,7 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     peak = accounting.peak_flops(device)
     traffic = {}
     if sharding.mesh.size > 1:
-        traffic["collectives"] = by_kind(find_collectives(step.as_text()))
-        traffic["planned_bytes"] = network_bytes(config, spec, dict(sharding.mesh.shape), slices=1)
+        traffic = network_traffic(built, step)
     return traffic | {
         "point": point,
         "device": f"{jax.device_count()} × {device.device_kind}",
@@ -170,6 +204,14 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         "compile_seconds": compile_seconds,
         "accumulation_steps": config.accumulation_steps,
         "remat": config.model.remat,
+    }
+
+
+def network_traffic(built: Step, step: jax.stages.Compiled) -> dict[str, dict]:
+    """Returns the bytes that a device receives in a step: "collectives" by kind, "planned_bytes" by `rattn.plan`."""
+    return {
+        "collectives": by_kind(find_collectives(step.as_text())),
+        "planned_bytes": network_bytes(built.config, built.spec, dict(built.sharding.mesh.shape), slices=1),
     }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import devices
 from kernels_pallas.normed_sum import plain
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper as hopper
 from kernels_pallas.residual_linear_attention.pallas_gpu_hopper import TILE, WGMMA, load_tile, put, rows_to
@@ -23,7 +24,7 @@ COLUMNS = WGMMA.reduce(0)  # one value for each column of a tile
 
 def forward(a_BTNH, b_BTNH, a_scale_NH, b_scale_NH, *, epsilon):
     """Returns o_BTNH; arguments as `normed_sum` checks them."""
-    if not (hopper.present() and fits(str(a_BTNH.dtype), a_BTNH.shape)):
+    if not (devices.on_hopper() and fits(str(a_BTNH.dtype), a_BTNH.shape)):
         return plain.forward(a_BTNH, b_BTNH, a_scale_NH, b_scale_NH, epsilon=epsilon)
     a_MNH, b_MNH = (x.reshape(-1, *x.shape[2:]) for x in (a_BTNH, b_BTNH))
     return _kernels(epsilon, a_MNH, b_MNH, a_scale_NH, b_scale_NH).reshape(a_BTNH.shape)

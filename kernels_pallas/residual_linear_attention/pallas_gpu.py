@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper as hopper
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_backward as hopper_backward
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper_forward as hopper_forward
@@ -34,7 +35,7 @@ def forward(q_BTNH, k_BSKH, v_BSKH, q_segment_ids, kv_segment_ids, initial_state
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if H < 16 or H & (H - 1):
         raise ValueError(f"q_BTNH has head dim {H}: 'pallas_gpu' needs a power of two >= 16; use 'chunked'.")
-    on_hopper = hopper.present() and hopper.fits(str(q_BTNH.dtype), T, S, H, window, feature_map)
+    on_hopper = devices.on_hopper() and hopper.fits(str(q_BTNH.dtype), T, S, H, window, feature_map)
     plan = Plan(
         batch=B,
         query_len=T,

@@ -22,11 +22,6 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one value for each row of a tile
 
 
-def present() -> bool:
-    """Returns whether this process computes on a Hopper GPU."""
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
-
-
 def fits(dtype: str, q_len: int, kv_len: int, head_dim: int, window: int, feature_map: str) -> bool:
     """Returns whether the Hopper kernels serve these inputs; all others are for the Triton kernels."""
     aligned = all(length % 8 == 0 for length in (q_len, kv_len, window))  # the copy engine moves eight rows of a tile

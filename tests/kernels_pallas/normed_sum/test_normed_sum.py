@@ -10,9 +10,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels_pallas import devices
 from kernels_pallas.normed_sum import normed_sum
 from kernels_pallas.normed_sum.pallas_gpu import TILE, TILES
-from kernels_pallas.residual_linear_attention import pallas_gpu_hopper
 
 EPSILON = 1e-3
 RESULTS = ("o", "da", "db", "d_a_scale", "d_b_scale")
@@ -85,7 +85,7 @@ def test_plain_rounds_once():
 
 def test_hopper_kernels_interpreted(monkeypatch, capfd):
     """Arithmetic, copies and barriers; the layouts of registers are not simulated."""
-    monkeypatch.setattr(pallas_gpu_hopper, "present", lambda: True)
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
     arrays = draw(HOPPER_SHAPE, "bfloat16")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         assert_one_rounding(run("pallas_gpu", arrays, "bfloat16"), expected(arrays))
@@ -94,7 +94,7 @@ def test_hopper_kernels_interpreted(monkeypatch, capfd):
 
 def test_hopper_kernels_lower(monkeypatch):
     """Shared memory, layouts and copies are checked when a kernel is lowered, which takes no GPU."""
-    monkeypatch.setattr(pallas_gpu_hopper, "present", lambda: True)
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
     x, scale = jax.ShapeDtypeStruct(HOPPER_SHAPE, jnp.bfloat16), jax.ShapeDtypeStruct(HOPPER_SHAPE[2:], jnp.float32)
 
     def gradients(*operands):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention import pallas_gpu_hopper, residual_linear_attention
 from kernels_pallas.residual_linear_attention.pallas_gpu_common import Plan
 from tests.kernels_pallas.residual_linear_attention import rla_suite as suite
@@ -37,7 +38,7 @@ def test_head_dim_must_be_a_power_of_two(head_dim):
 
 def test_hopper_kernels_lower(monkeypatch):
     """Shared memory, layouts and copies are checked when a kernel is lowered, which takes no GPU."""
-    monkeypatch.setattr(pallas_gpu_hopper, "present", lambda: True)
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
     q, kv = (jax.ShapeDtypeStruct((1, 1024, heads, 128), jnp.bfloat16) for heads in (4, 2))
     ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 

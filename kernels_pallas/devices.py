@@ -1,0 +1,8 @@
+"""What the kernels ask about the devices of this process."""
+
+import jax
+
+
+def on_hopper() -> bool:
+    """Returns whether this process computes on a Hopper GPU."""
+    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
