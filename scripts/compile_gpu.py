@@ -72,13 +72,15 @@ def absent_gpus(topology: str) -> Iterator[list[jax.Device]]:
       topology: a target of `scripts/gpu_targets` and how many, such as "h200:8"; all in one host.
 
     Raises:
-      UserError: an unknown target, or JAX's CUDA plugin is not installed.
+      UserError: an unknown target, no number of GPUs, or JAX's CUDA plugin is not installed.
     """
     target, _, count = topology.partition(":")
     file = TARGETS / f"{target}.txtpb"
     if not file.exists():
         known = [path.stem for path in TARGETS.glob("*.txtpb")]
         raise UserError(f"There is no GPU target {target!r}{nearest(target, known)}; use {', '.join(known)}.")
+    if count and not count.isdigit():
+        raise UserError(f"--topology {topology!r} names no number of GPUs; write {target}:8.")
     # The plugin would ask the driver for its version.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
