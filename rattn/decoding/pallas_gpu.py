@@ -150,7 +150,7 @@ class _Program:
         self.part, row = pl.program_id(0), pl.program_id(1)
         self.batch, self.head = row // heads, row % heads
         self.newest, self.known, self.unfolded = (refs["counts"][self.batch, i] for i in range(3))
-        self.dtype = refs["v"].dtype
+        self.kept_as_projected, self.dtype = "state" in refs, refs["v"].dtype
 
     def queries(self):
         """Returns the group's queries as projected, [ROWS, H/2] twice; zero past the group."""
@@ -161,9 +161,9 @@ class _Program:
         """Returns the new token's key as it is kept, [1, H/2] twice, and its value [1, H]."""
         row = self.G + jnp.arange(1)
         k = self._halves("qkv", row, row >= 0)
-        return k if "state" in self.refs else self._positioned(k, "k scale", self.batch + jnp.arange(1)), self._rows(
-            "qkv", row + 1, row >= 0, 0, self.H
-        )
+        if not self.kept_as_projected:
+            k = self._positioned(k, "k scale", self.batch + jnp.arange(1))
+        return k, self._rows("qkv", row + 1, row >= 0, 0, self.H)
 
     def keep(self, k, v):
         """Part 0 writes the new token's key and value."""
@@ -175,8 +175,7 @@ class _Program:
 
     def softmax_branch(self, new_k, new_v):
         """Returns Σ e^(s − m) v, m and Σ e^(s − m) over the part's visible keys, float32, a row a query."""
-        kept_as_projected = "state" in self.refs
-        if kept_as_projected:
+        if self.kept_as_projected:
             # Keys are rotated against the query, and the new one has its position.
             q, new_k = self._normed(self.queries(), "q scale"), self._normed(new_k, "k scale")
         else:
@@ -196,7 +195,7 @@ class _Program:
             ages = jnp.where(slots <= self.newest, self.newest - slots, self.newest - slots + self.slots)
             visible = (slots < self.slots) & (ages > 0) & (ages < reach)
             k = self._halves("k", slots, slots < self.slots)
-            if kept_as_projected:
+            if self.kept_as_projected:
                 k = self._positioned(k, "k scale", jnp.minimum(slots, self.slots - 1))
             scores = sum(self._dot(a, b, 1) for a, b in zip(q, k, strict=True)) * self.H**-0.5
             scores = jnp.where(visible[None], scores, LEAST)
@@ -209,7 +208,7 @@ class _Program:
 
         products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(q, new_k, strict=True))
         score = sum(jnp.sum(x, axis=1) for x in products) * self.H**-0.5
-        begins = self.part == 0
+        begins = self.part == 0  # with the new key, whose weight is then 1
         o = jnp.broadcast_to(jnp.where(begins, new_v.astype(jnp.float32), 0.0), (ROWS, self.H))
         start = o, jnp.where(begins, score, LEAST), jnp.where(begins, jnp.ones_like(score), 0.0)
         return jax.lax.fori_loop(first, last, tile, start)
