@@ -66,8 +66,8 @@ def find_collectives(hlo: str) -> list[Collective]:
             started, kind = kind.endswith("-start"), kind.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            # What starts one of these gives its operands, too, before its results.
-            operands_too = started and kind in ("all-gather", "reduce-scatter")
+            # What starts one of these gives its operands, too, before its results; on GPUs, what starts any does.
+            operands_too = started and (kind in ("all-gather", "reduce-scatter") or rest[0].startswith("(("))
             found = _collective(kind, *rest, operands_too, scattered=name.startswith("all-reduce-scatter"))
             if found.bytes_each:
                 result.append(dataclasses.replace(found, count=times[name]))

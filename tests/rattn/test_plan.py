@@ -229,6 +229,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %begun = (bf16[8,16]{1,0}, bf16[8,64]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
   %ended = bf16[8,64]{1,0} all-gather-done(%begun)
   %parts = ((f32[8,8], f32[4]), (f32[4,8], f32[2])) reduce-scatter-start(%p, %q), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %sums = ((f32[50]{0}), f32[50]{0}) all-reduce-start(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
   %out = (bf16[8,16]{1,0}, u32[], token[]) send(%p), channel_id=7, is_host_transfer=true
   ROOT %r = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
 }
@@ -240,7 +241,7 @@ def test_collectives_are_counted_through_loops():
     assert table == {
         "all-gather": {"operations": 2, "runs": 15, "bytes": 15 * 8 * 64 * 2 * 3 / 4},
         "reduce-scatter": {"operations": 2, "runs": 15, "bytes": 14 * 1024 * 64 * 4 * 3 / 4 + (64 + 4) * 4 / 2},
-        "all-reduce": {"operations": 1, "runs": 1, "bytes": 2 * 128 * 4 / 2},
+        "all-reduce": {"operations": 2, "runs": 2, "bytes": 2 * (128 + 50) * 4 / 2},
         "collective-permute": {"operations": 1, "runs": 1, "bytes": 8 * 16 * 2},
         "send": {"operations": 1, "runs": 1, "bytes": 8 * 16 * 2},
     }
