@@ -208,17 +208,18 @@ def measure(function, *arguments, rounds=5):
 def float32_results(q, k, v, ids, do):
     """Returns has_documents -> (o, dq, dk, dv) of the plain form in float32, compiled once for both."""
 
+    q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
+
     @functools.cache
     def compiled():
         # Tuning its products would take minutes and change no result.
-        lowered = with_gradients(ours("chunked")).lower(*float32, ids, do.astype(jnp.float32))
+        lowered = with_gradients(ours("chunked")).lower(q, k, v, ids, do)
         return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
 
     @functools.cache
     def results(has_documents):
-        return compiled()(*float32, ids if has_documents else jnp.zeros_like(ids), do.astype(jnp.float32))
+        return compiled()(q, k, v, ids if has_documents else jnp.zeros_like(ids), do)
 
-    float32 = [x.astype(jnp.float32) for x in (q, k, v)]
     return results
 
 

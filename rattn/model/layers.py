@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kernels_pallas.normed_sum.plain import normed
+
 ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
@@ -25,10 +27,7 @@ def residual_gain(layers: int) -> float:
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """x / RMS(x) over the last dim, times `scale`, computed in float32; a zero row stays zero."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    scale = jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))
-    return (x32 * inverse * scale).astype(x.dtype)
+    return normed(x, scale, epsilon).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

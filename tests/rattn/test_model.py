@@ -1,6 +1,7 @@
 """The decoder: counts, baselines, packing, causality, scan, loss."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +107,9 @@ def test_the_past_has_gradients_and_the_future_has_none(mixer, tokens):
     def logit(x_BTD, t):
         merged = nnx.merge(graph, parameters)
         _, stacked = nnx.split(merged.blocks)
-        for repeat in range(1):
-            block = nnx.merge(nnx.graphdef(merged.blocks), jax.tree.map(lambda w: w[repeat], stacked))  # noqa: B023
-            for layer in block.layers:
-                x_BTD = layer(x_BTD, None)
+        block = nnx.merge(nnx.graphdef(merged.blocks), jax.tree.map(operator.itemgetter(0), stacked))
+        for layer in block.layers:
+            x_BTD = layer(x_BTD, None)
         return x_BTD[0, t].sum()
 
     x_BTD = jax.random.normal(jax.random.key(1), (1, 12, 16))
@@ -150,7 +150,7 @@ def test_scan_and_remainder_equal_layers_one_by_one(tokens, segments):
         x_BTD = model.embedding_VD[...][tokens] * 16**0.5
         graph, stacked = nnx.split(model.blocks)
         for repeat in range(2):
-            for layer in nnx.merge(graph, jax.tree.map(lambda w: w[repeat], stacked)).layers:  # noqa: B023
+            for layer in nnx.merge(graph, jax.tree.map(operator.itemgetter(repeat), stacked)).layers:
                 x_BTD = layer(x_BTD, segments)
         for layer in model.remainder:
             x_BTD = layer(x_BTD, segments)

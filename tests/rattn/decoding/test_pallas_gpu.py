@@ -40,7 +40,11 @@ def positioned(x, scale=None, angles=None):
 
 
 def assert_kept(found, before, new_BKH, slot_B):
-    """Compares a cache with what it was and the new token in its slot, to a rounding of rotation and norm."""
+    """Compares a cache with what it was and the new token in its slot.
+
+    Norm and rotation round to bfloat16 as training does, from float32 sums in another order: a rounding may fall to the
+    other side, which is a unit in the last place, 2⁻⁷ of a number or less.
+    """
     wanted = np.array(before, np.float32)
     for row, slot in enumerate(slot_B):
         if slot < wanted.shape[2]:
