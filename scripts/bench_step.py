@@ -159,13 +159,7 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         seed=config.seed,
         local_rows=split.rows,
     )
-
-    def first_state():
-        parameters = initial_parameters(config.model, config.seed)
-        step = jnp.zeros((), jnp.int32)
-        return {"parameters": parameters, "optimizer": built.optimizer.init(parameters), "step": step}
-
-    state = jax.jit(first_state, out_shardings=built.shardings)()
+    state = first_state(built)()
     batches = prefetched(data.train, 0, read_threads=2, prefetch_batches=4)
     folder = (args.out or pathlib.Path("/tmp")) / f"profile_{point.replace(':', '_')}"
     times, flops, pending = [], [], None
@@ -205,6 +199,17 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         "accumulation_steps": config.accumulation_steps,
         "remat": config.model.remat,
     }
+
+
+def first_state(built: Step) -> jax.stages.Wrapped:
+    """Returns a jitted function without arguments, which makes the state before the first step."""
+
+    def make():
+        parameters = initial_parameters(built.config.model, built.config.seed)
+        step = jnp.zeros((), jnp.int32)
+        return {"parameters": parameters, "optimizer": built.optimizer.init(parameters), "step": step}
+
+    return jax.jit(make, out_shardings=built.shardings)
 
 
 def network_traffic(built: Step, step: jax.stages.Compiled) -> dict[str, dict]:
