@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 }
 FLOAT32_BYTES = 4
 # Tokens that decoding collects before it adds them to a linear branch's state (`rattn.decoding`).
-FOLD_TOKENS = 16
+FOLD_TOKENS = 32
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -17,7 +17,7 @@ from rattn.model.parameters import model_spec
 from rattn.sharding import Sharding
 
 Tree = Any
-ATTENTIONS = ("xla", "pallas_gpu")
+ATTENTIONS = ("auto", "xla", "pallas_gpu")
 
 
 class Decoder:
@@ -34,7 +34,7 @@ class Decoder:
         *,
         fold_tokens: int = FOLD_TOKENS,
         state_dtype: str = "float32",
-        attention: str = "xla",
+        attention: str = "auto",
     ):
         """Takes what all caches have in common.
 
@@ -44,7 +44,7 @@ class Decoder:
           fold_tokens: C, steps between two folds: more make rings longer and write states less often.
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that `rattn.decoding.pallas_gpu`
-            fits.
+            fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -56,7 +56,7 @@ class Decoder:
         caches.check_options(fold_tokens, state_dtype)
         if attention not in ATTENTIONS:
             raise UserError(
-                f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {' or '.join(ATTENTIONS)}."
+                f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {', '.join(ATTENTIONS)}."
             )
         if attention == "pallas_gpu" and sharding.mesh.size > 1:
             raise UserError(f"attention='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'.")
@@ -66,8 +66,10 @@ class Decoder:
         self.model, self.sharding = model, sharding
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
-        on_cpu = sharding.mesh.devices.flat[0].platform == "cpu"
-        self._kernel = "none" if attention == "xla" else "interpreted" if on_cpu else "compiled"
+        platform = sharding.mesh.devices.flat[0].platform
+        if attention == "auto":
+            attention = "pallas_gpu" if platform == "gpu" and sharding.mesh.size == 1 else "xla"
+        self._kernel = "none" if attention == "xla" else "interpreted" if platform == "cpu" else "compiled"
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))

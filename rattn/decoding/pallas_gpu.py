@@ -7,9 +7,12 @@ the parts found is added up outside:
     o = Σ o_n                                        linear branch
 
 Its queries, its key and its value come as they were projected. Part 0 begins with the new key and writes it to its
-slot, which nobody reads. A rattention layer's keys are kept as projected; the kernel norms and rotates a tile of them
-on the way to the scores, which XLA would do into an array of its own. Tiles without a visible key are skipped, so that
+slot, which nobody reads. Tiles are read from the oldest to the newest, those without a visible key not at all, so that
 the cost of a full layer follows the tokens in it and not its capacity.
+
+A rattention layer's keys are kept as projected; the kernel norms and rotates a tile of them on the way to the scores,
+which XLA would do into an array of its own. A key is rotated by its place in its tile alone, by angles that are read
+once, and the queries, tile after tile, by the age of the tile's first slot.
 """
 
 import dataclasses
@@ -81,8 +84,8 @@ def attend(
       newest_B: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
       known_B: int32, how many tokens back a sequence reaches, itself included.
       scales: float32 [H], of the norms of query and key, where `plan.epsilon` is given.
-      angles: float32 sines and cosines where there are rotary positions: with a state [S, H/2], of the slots seen from
-        the query; without [B, H/2], of the new token.
+      angles: float32 sines and cosines where there are rotary positions: with a state [S + TILE, H/2], of positions
+        0, 1, …; without [B, H/2], of the new token's.
       state_BKPH: the state.
       unfolded: int32, keys that left the window since the fold.
     """
@@ -162,7 +165,7 @@ class _Program:
         row = self.G + jnp.arange(1)
         k = self._halves("qkv", row, row >= 0)
         if not self.kept_as_projected:
-            k = self._positioned(k, "k scale", self.batch + jnp.arange(1))
+            k = self.positioned(k, "k scale", self.batch + jnp.arange(1))
         return k, self._rows("qkv", row + 1, row >= 0, 0, self.H)
 
     def keep(self, k, v):
@@ -175,43 +178,45 @@ class _Program:
 
     def softmax_branch(self, new_k, new_v):
         """Returns Σ e^(s − m) v, m and Σ e^(s − m) over the part's visible keys, float32, a row a query."""
-        if self.kept_as_projected:
-            # Keys are rotated against the query, and the new one has its position.
-            q, new_k = self._normed(self.queries(), "q scale"), self._normed(new_k, "k scale")
-        else:
-            q = self._positioned(self.queries(), "q scale", self.batch + jnp.arange(1))
-        reach = jnp.minimum(self.plan.window, self.known)
         tiles = -(-self.slots // TILE)
-        per_part = -(-tiles // self.parts)
-        first, last = self.part * per_part, jnp.minimum((self.part + 1) * per_part, tiles)
-        # The visible slots are one run that ends at the newest, unless they go round.
-        whole = reach <= self.newest + 1
-        first = jnp.where(whole, jnp.maximum(first, (self.newest + 1 - reach) // TILE), first)
-        last = jnp.where(whole, jnp.minimum(last, self.newest // TILE + 1), last)
+        newest_tile = self.newest // TILE
 
-        def tile(i, carry):
-            o, most, total = carry
-            slots = i * TILE + jnp.arange(TILE)
-            ages = jnp.where(slots <= self.newest, self.newest - slots, self.newest - slots + self.slots)
+        def place(i):
+            """Returns the tile that is read as number i, and how old the token in its first slot is."""
+            tile = newest_tile + i
+            before = tile < tiles  # the slots went round since
+            tile = jnp.where(before, tile, tile - tiles)
+            age = self.newest - tile * TILE
+            return tile, jnp.where(before, age + self.slots, age)
+
+        # The newest slot's tile is the first, for what is older than a round, and the last.
+        reach = jnp.minimum(self.plan.window, self.known)
+        _, oldest = place(0)
+        skipped = jnp.maximum(oldest - reach + 1, 0) // TILE
+        per_part = (tiles + 1 - skipped + self.parts - 1) // self.parts
+        first = skipped + self.part * per_part
+        last = jnp.minimum(first + per_part, tiles + 1)
+        keys = _ProjectedKeys(self, tiles) if self.kept_as_projected else _PositionedKeys(self)
+
+        def read(i, carry):
+            o, most, total, q = carry
+            tile, age = place(i)
+            slots, ages = tile * TILE + jnp.arange(TILE), age - jnp.arange(TILE)
             visible = (slots < self.slots) & (ages > 0) & (ages < reach)
-            k = self._halves("k", slots, slots < self.slots)
-            if self.kept_as_projected:
-                k = self._positioned(k, "k scale", jnp.minimum(slots, self.slots - 1))
-            scores = sum(self._dot(a, b, 1) for a, b in zip(q, k, strict=True)) * self.H**-0.5
-            scores = jnp.where(visible[None], scores, LEAST)
+            scores, q = keys.scores(q, self._halves("k", slots, slots < self.slots), tile)
+            scores = jnp.where(visible[None], scores * self.H**-0.5, LEAST)
             now = jnp.maximum(most, jnp.max(scores, axis=1))
             weights = jnp.where(visible[None], jnp.exp(scores - now[:, None]), 0.0)
             shrink = jnp.exp(most - now)
             v = self._rows("v", slots, slots < self.slots, 0, self.H)
-            o = o * shrink[:, None] + self._dot(weights.astype(self.dtype), v, 0)
-            return o, now, total * shrink + jnp.sum(weights, axis=1)
+            o = o * shrink[:, None] + self.dot(weights.astype(self.dtype), v, 0)
+            return o, now, total * shrink + jnp.sum(weights, axis=1), q
 
-        products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(q, new_k, strict=True))
-        score = sum(jnp.sum(x, axis=1) for x in products) * self.H**-0.5
+        score = keys.score_of_new(new_k) * self.H**-0.5
         begins = self.part == 0  # with the new key, whose weight is then 1
         o = jnp.broadcast_to(jnp.where(begins, new_v.astype(jnp.float32), 0.0), (ROWS, self.H))
         start = o, jnp.where(begins, score, LEAST), jnp.where(begins, jnp.ones_like(score), 0.0)
-        return jax.lax.fori_loop(first, last, tile, start)
+        return jax.lax.fori_loop(first, last, read, (*start, keys.queries(place(first)[1])))[:3]
 
     def linear_branch(self):
         """Returns φ(q) · the part's rows of the state, and of the keys that wait for the fold."""
@@ -221,7 +226,7 @@ class _Program:
             piece = self.part * (PIECES // self.parts) + i
             phi = sum(jnp.where(piece == n, x, jnp.zeros_like(x)) for n, x in enumerate(phi_q))
             state = self.refs["state"][self.batch, self.head, pl.ds(piece * self.half, self.half), :]
-            o += self._dot(phi, state.astype(self.dtype), 0)
+            o += self.dot(phi, state.astype(self.dtype), 0)
 
         def waiting_tile(i, o):
             waiting = (self.part + i * self.parts) * WAITING_TILE + jnp.arange(WAITING_TILE)
@@ -230,12 +235,12 @@ class _Program:
             slots = (self.newest - ages) % self.slots
             slots = jnp.where(slots < 0, slots + self.slots, slots)
             phi_k = self._features(self._halves("k", slots, valid), "k scale")
-            scores = sum(self._dot(a, b, 1) for a, b in zip(phi_q, phi_k, strict=True))
+            scores = sum(self.dot(a, b, 1) for a, b in zip(phi_q, phi_k, strict=True))
             scores = jnp.where(valid[None], scores, 0.0).astype(self.dtype)
-            return o + self._dot(scores, self._rows("v", slots, valid, 0, self.H), 0)
+            return o + self.dot(scores, self._rows("v", slots, valid, 0, self.H), 0)
 
-        tiles = -(-self.plan.fold_tokens // (WAITING_TILE * self.parts))
-        return jax.lax.fori_loop(0, tiles, waiting_tile, o)
+        in_a_turn = WAITING_TILE * self.parts
+        return jax.lax.fori_loop(0, (self.unfolded + in_a_turn - 1) // in_a_turn, waiting_tile, o)
 
     def store(self, name, value):
         """Writes what the part found for the group's queries: [ROWS] or [ROWS, H]."""
@@ -264,28 +269,53 @@ class _Program:
     def _halves(self, name, rows, valid):
         return [self._rows(name, rows, valid, i * self.half, self.half) for i in (0, 1)]
 
-    def _positioned(self, x, scale, rows):
+    def positioned(self, x, scale, rows):
         """Norms x and rotates it by these rows of the angles, with training's roundings."""
-        x = self._normed(x, scale)
-        if "sin" not in self.refs:
-            return x
-        index, _ = self._window(rows, rows >= 0, 0, 0, self.half)
-        sin, cos = (self.refs[name][index] for name in ("sin", "cos"))
-        a, b = (half.astype(jnp.float32) for half in x)
-        return [(a * cos - b * sin).astype(self.dtype), (b * cos + a * sin).astype(self.dtype)]
+        x = self.normed(x, scale)
+        return self.rounded(_rotated(x, self.angles(rows))) if "sin" in self.refs else x
 
-    def _normed(self, x, scale):
+    def angles(self, rows):
+        """Loads sines and cosines of these rows, [rows, H/2] each."""
+        index, _ = self._window(rows, rows >= 0, 0, 0, self.half)
+        return self.refs["sin"][index], self.refs["cos"][index]
+
+    def products(self, a, x, b, y):
+        """Returns a·x + b·y in bfloat16, b·y rounded too.
+
+        Two numbers an instruction, or a GPU would take longer over a tile of keys than its memory.
+        """
+        if self.plan.interpret:
+            a, x, b, y = (z.astype(jnp.float32) for z in (a, x, b, y))
+            return (a * x + (b * y).astype(self.dtype).astype(jnp.float32)).astype(self.dtype)
+        asm = """{
+            .reg .b32 by;
+            mov.b32 by, 0x80008000;  // -0, for there is no product alone before Hopper
+            fma.rn.bf16x2 by, $3, $4, by;
+            fma.rn.bf16x2 $0, $1, $2, by;
+        }"""
+        like = [jax.ShapeDtypeStruct(a.shape, self.dtype)]
+        (out,) = plgpu.elementwise_inline_asm(
+            asm, args=(a, x, b, y), constraints="=r,r,r,r,r", pack=2, result_shape_dtypes=like
+        )
+        return out
+
+    def scales(self, name):
+        return [self.refs[name][pl.ds(i * self.half, self.half)][None] for i in (0, 1)]
+
+    def rounded(self, x):
+        return tuple(half.astype(self.dtype) for half in x)
+
+    def normed(self, x, scale):
         if self.plan.epsilon is None:
             return x
         x = [half.astype(jnp.float32) for half in x]
         square = sum(jnp.sum(half * half, axis=1) for half in x) / self.H
         inverse = jax.lax.rsqrt(square + self.plan.epsilon)[:, None]
-        scales = [self.refs[scale][pl.ds(i * self.half, self.half)] for i in (0, 1)]
-        return [(half * inverse * by[None]).astype(self.dtype) for half, by in zip(x, scales, strict=True)]
+        return [(half * inverse * by).astype(self.dtype) for half, by in zip(x, self.scales(scale), strict=True)]
 
     def _features(self, x, scale):
         """Returns the pieces of φ(x): softmax(x) and softmax(−x), each in its halves."""
-        x = self._normed(x, scale) if self.plan.normed_features else x
+        x = self.normed(x, scale) if self.plan.normed_features else x
         pieces = []
         for sign in (1.0, -1.0):
             halves = [sign * half.astype(jnp.float32) for half in x]
@@ -295,7 +325,89 @@ class _Program:
             pieces += [(half / total).astype(self.dtype) for half in powers]
         return pieces
 
-    def _dot(self, a, b, b_dim):
+    def dot(self, a, b, b_dim):
         if self.plan.interpret:  # the CPU multiplies no bfloat16; the products are the same
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return jax.lax.dot_general(a, b, (((1,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+class _PositionedKeys:
+    """Scores of keys that are kept as they are multiplied."""
+
+    def __init__(self, program):
+        q = program.positioned(program.queries(), "q scale", program.batch + jnp.arange(1))
+        self.program, self.q = program, tuple(q)
+
+    def score_of_new(self, new_k):
+        """Returns the products of the queries [ROWS] with the new key."""
+        products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(self.q, new_k, strict=True))
+        return sum(jnp.sum(x, axis=1) for x in products)
+
+    def queries(self, _):
+        """Returns the queries for a first tile whose first token has this age."""
+        return self.q
+
+    def scores(self, q, k, _):
+        """Returns the products [ROWS, TILE] of queries and a tile's keys, and the queries for the next tile."""
+        return sum(self.program.dot(a, b, 1) for a, b in zip(q, k, strict=True)), q
+
+
+class _ProjectedKeys(_PositionedKeys):
+    """Scores of keys that are kept as they were projected; positions count from the query."""
+
+    def __init__(self, program, tiles):
+        self.program, self.tiles = program, tiles
+        self.q = program.normed(program.queries(), "q scale")
+        self.norms, self.rotates = program.plan.epsilon is not None, "sin" in program.refs
+        self.k_scales = program.scales("k scale") if self.norms else (1.0, 1.0)
+        if self.rotates:
+            sin, cos = program.angles(jnp.arange(TILE))
+            a, b = self.k_scales
+            # What scales keys and rotates them by their place in their tile.
+            self.turns = program.rounded((cos * a, -sin * b, cos * b, sin * a))
+            self.width = program.angles(TILE + jnp.arange(1))
+            self.last_width = program.angles(program.slots % TILE + jnp.arange(1))
+
+    def score_of_new(self, new_k):
+        """As there; the new key is at the query's position."""
+        return super().score_of_new(self.program.normed(new_k, "k scale"))
+
+    def queries(self, age):
+        """Float32 where they turn from tile to tile."""
+        if self.rotates:
+            row = jnp.clip(age, 0, self.program.slots + TILE - 1) + jnp.arange(1)
+            return _rotated(self.q, self.program.angles(row))
+        by = (half.astype(jnp.float32) * scale for half, scale in zip(self.q, self.k_scales, strict=True))
+        return self.program.rounded(by)
+
+    def scores(self, q, k, tile):
+        """As there."""
+        program, inverse = self.program, self._inverse_norms(k) if self.norms else 1.0
+        if not self.rotates:
+            products, q = super().scores(q, k, tile)
+            return products * inverse, q
+        (a, b), (aa, ab, bb, ba) = k, self.turns
+        k = program.products(a, aa, b, ab), program.products(b, bb, a, ba)
+        products, _ = super().scores(program.rounded(q), k, tile)
+        sin, cos = self.width
+        if program.slots % TILE:
+            seam = tile == self.tiles - 1
+            sin, cos = (jnp.where(seam, x, y) for x, y in zip(self.last_width, self.width, strict=True))
+        # The next tile is newer by this one's width.
+        return products * inverse, _rotated(q, (-sin, cos))
+
+    def _inverse_norms(self, k):
+        """Returns 1 / √(mean of squares + ε) of a tile's keys, in every row of [ROWS, TILE].
+
+        Squares are rounded to bfloat16, which their sum does not notice, and added up by a matrix product, whose result
+        lies as the scores do.
+        """
+        (a, b), program = k, self.program
+        squares = program.dot(jnp.ones((ROWS, program.half), program.dtype), program.products(a, a, b, b), 1)
+        return jax.lax.rsqrt(squares / program.H + program.plan.epsilon)
+
+
+def _rotated(x, angles):
+    """Rotates pairs by sines and cosines; float32."""
+    (a, b), (sin, cos) = (half.astype(jnp.float32) for half in x), angles
+    return a * cos - b * sin, b * cos + a * sin

@@ -163,8 +163,7 @@ def _by_kernel(
     slot_B = clock.length_B if layer.kind == "full" else jnp.broadcast_to(clock.steps % slots, clock.length_B.shape)
     angles = None
     if layer.rope_theta is not None:
-        # The slots' angles are the same in all sequences: they are seen from the query.
-        positions = -ages_of_slots(now.steps, slots) if layer.has_linear else clock.length_B
+        positions = jnp.arange(slots + pallas_gpu.TILE) if layer.has_linear else clock.length_B
         angles = rope_angles(positions, layer.head_dim, layer.rope_theta)
     plan = pallas_gpu.Plan(
         window=layout.capacity if layer.kind == "full" else layout.kept_window(layer),
