@@ -15,6 +15,7 @@ KINDS = {
     "collectives": r"nccl",
     "copies": r"memcpy|memset|^copy|dynamic_(update_)?slice|dynamic-(update-)?slice",
     "linear attention": r"rla_",
+    "norms": r"normed_sum",
     "softmax attention": r"flash|attention|fmha|cudnn|mosaic_gpu",
     "matrix products": r"gemm|nvjet|cutlass|cublas|wgmma|sm90_|dot_",
     "reductions": r"reduce",
