@@ -126,6 +126,11 @@ def get_config(arguments: str = "") -> ConfigDict:
     mesh.fsdp = 1
     mesh.seq = 1
     mesh.model = 1
+    # How often devices along data and fsdp exchange weights and gradients where a step has several microbatches.
+    # "microbatch": a layer's weights whenever it runs, its gradients whenever it has run back. "step": all weights
+    # before the first microbatch, the gradients' float32 sums after the last; every device then holds the whole model
+    # in the compute dtype and the whole sums, and seq and model must be 1.
+    mesh.exchange = "microbatch"
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rattn.model.parameters import ModelSpec, flatten
+from rattn.model.parameters import ModelSpec, flatten, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' datasheets; keys are prefixes of jax's device_kind.
 PEAK_FLOPS = {
@@ -121,8 +121,10 @@ def memory_by_part(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: 
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
     gradients = held["parameters"]
     if config.accumulation_steps > 1:
+        if config.mesh.exchange == "step":
+            gradients = float(FLOAT32_BYTES * parameter_count(spec.shapes))
         # Weights rounded to the compute dtype, and the gradients of one microbatch.
-        gradients += held["parameters"] * 2 * compute_itemsize(config.model) / FLOAT32_BYTES
+        gradients *= 1 + 2 * compute_itemsize(config.model) / FLOAT32_BYTES
     rest = {"gradients": gradients, "activations": _kept_bytes(config, mesh.shape)}
     return held | rest | {"temporaries": _temporary_bytes(config, spec, mesh.shape, slices)}
 

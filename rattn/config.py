@@ -30,6 +30,7 @@ CHOICES = {
     "model.feature_map": FEATURE_MAPS,
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block", "save_attention", "save_products", "save_operands", "offload"),
+    "mesh.exchange": ("microbatch", "step"),
     "optimizer.name": ("adamw", "rmsprop", "adafactor", "muon"),
     "optimizer.schedule": ("cosine", "linear", "wsd"),
 }
@@ -186,6 +187,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"config.batch_size is {config.batch_size} and config.accumulation_steps {config.accumulation_steps}; "
             "the first must be a multiple of the second."
+        )
+    mesh = config.mesh
+    if mesh.exchange == "step" and (mesh.seq, mesh.model) != (1, 1):
+        raise UserError(
+            f"config.mesh.exchange is 'step' with seq={mesh.seq} × model={mesh.model}, and every device then computes "
+            "whole rows with the whole model; make both 1, or exchange every 'microbatch'."
         )
     if config.loss.chunk_tokens and config.context_length % config.loss.chunk_tokens:
         raise UserError(

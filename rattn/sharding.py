@@ -197,6 +197,8 @@ class Sharding:
         scales = self.rules.spec(("heads", "head_dim"))
 
         def mapped(a: jax.Array, b: jax.Array, a_scale: jax.Array, b_scale: jax.Array, *, epsilon: float) -> jax.Array:
+            if _on_own_rows():
+                return sums(a, b, a_scale, b_scale, epsilon=epsilon)
             run = jax.shard_map(
                 functools.partial(sums, epsilon=epsilon),
                 mesh=self.mesh,
@@ -236,6 +238,8 @@ class Sharding:
             ) -> jax.Array | tuple[jax.Array, jax.Array]:
                 return attention(q, k, v, q_segment_ids=q_ids, kv_segment_ids=kv_ids, **given, **wanted, **static)
 
+            if _on_own_rows():
+                return local(q_BTNH, k_BTKH, v_BTKH, q_segment_ids, kv_segment_ids, given)
             # check_vma: a Pallas call does not say over which axes its result varies.
             run = jax.shard_map(
                 local,
@@ -249,4 +253,9 @@ class Sharding:
         return mapped
 
     def _constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, self.named(*dims))
+        return x if _on_own_rows() else jax.lax.with_sharding_constraint(x, self.named(*dims))
+
+
+def _on_own_rows() -> bool:
+    """Whether the model runs inside a `shard_map`, so that every array is a device's own already."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rattn.accumulation import accumulated
 from rattn.model.loss import cross_entropy_sum, token_losses
 from rattn.model.parameters import ModelSpec
+from rattn.sharding import Sharding
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -26,7 +27,11 @@ def batch_shapes(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[st
 
 
 def make_train_step(
-    config: ConfigDict, spec: ModelSpec, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    config: ConfigDict,
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    sharding: Sharding,
 ) -> Callable[[Tree, Batch], tuple[Tree, dict[str, jax.Array]]]:
     """Builds (state, batch) -> (state, metrics).
 
@@ -58,7 +63,12 @@ def make_train_step(
         parameters = state["parameters"]
         num_targets = jnp.maximum(batch["loss_mask"].sum().astype(jnp.float32), 1.0)
         gradients, loss = accumulated(
-            lambda working, microbatch: gradient(working, microbatch, num_targets), parameters, batch, config, spec
+            lambda working, microbatch: gradient(working, microbatch, num_targets),
+            parameters,
+            batch,
+            config,
+            spec,
+            sharding,
         )
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

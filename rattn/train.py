@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
         run = _Loop(config, workdir, sharding, split, data, evaluation, spec, checkpoints, meta)
         step_functions = {
             window: make_train_step(
-                step_config, model_spec(step_config.model, sharding.operators()), optimizer, schedule
+                step_config, model_spec(step_config.model, sharding.operators()), optimizer, schedule, sharding
             )
             for window, step_config in configs_by_window(config)
         }

@@ -135,7 +135,7 @@ def lower_step(args: argparse.Namespace, point: str, devices: list[jax.Device] |
     state = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     jitted = jax.jit(
-        make_train_step(config, spec, optimizer, schedule),
+        make_train_step(config, spec, optimizer, schedule, sharding),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated),
     )

@@ -89,7 +89,8 @@ def compile_step(config: ConfigDict, topology: Topology) -> tuple[Any, float]:
     optimizer = make_optimizer(config.optimizer, config.total_steps, spec.logical)
     shapes, shardings = state_layout(spec, optimizer, sharding)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    step = make_train_step(config, spec, optimizer, learning_rate_schedule(config.optimizer, config.total_steps))
+    schedule = learning_rate_schedule(config.optimizer, config.total_steps)
+    step = make_train_step(config, spec, optimizer, schedule, sharding)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated))
     # The persistent cache cannot read back what was compiled for a TPU that is not there.
     cached = jax.config.jax_enable_compilation_cache

@@ -193,8 +193,8 @@ def hbm_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], memory:
 def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], slices: int) -> dict[str, float]:
     """Bytes that one device receives in a step, by what they are and by network ("ici …", "dcn …").
 
-    As the compiled step has it: gradients are all-reduced, where a scatter would send half as much, and every
-    microbatch gathers the weights and reduces its gradients.
+    As the compiled step has it: every microbatch gathers the weights and all-reduces its gradients, where a scatter
+    would send half as much. What is exchanged once a step is scattered.
     """
     model = config.model
     itemsize = accounting.compute_itemsize(model)
@@ -202,19 +202,25 @@ def network_bytes(config: ConfigDict, spec: ModelSpec, mesh: dict[str, int], sli
     embedding = model.vocab_size * model.width / mesh["model"]
     rows = config.batch_size / (mesh["data"] * mesh["fsdp"])
     tokens = rows * config.context_length / mesh["seq"]
-    passes, microbatches = 1 + forwards_again(model, "matrices"), config.accumulation_steps
+    passes, times = 1 + forwards_again(model, "matrices"), config.accumulation_steps
     fsdp, seq, tensor = (_share(mesh[axis]) for axis in ("fsdp", "seq", "model"))
     inside, outside = _share(mesh["data"] // slices * mesh["seq"]), _share(slices)
     # A layer's weights are gathered forward and back. What is recomputed gathers them too, but in the last layer of a
     # block, which goes back at once.
     gathers = 2 if passes == 1 else 3 - 1 / len(model.pattern)
+    weights = (gathers * matrices + embedding) * itemsize
     # The embedding's gradient has two parts: the look-up's, and the unembedding's in float32.
     gradients = matrices * itemsize + embedding * (itemsize + accounting.FLOAT32_BYTES)
+    reduced = 2 * fsdp
+    if times > 1 and config.mesh.exchange == "step":
+        weights = matrices * itemsize + embedding * accounting.FLOAT32_BYTES
+        gradients = (matrices + embedding) * accounting.FLOAT32_BYTES
+        times, reduced = 1, fsdp
     result = {
-        "ici weights": microbatches * (gathers * matrices + embedding) * itemsize * fsdp,
-        "ici gradients": microbatches * 2 * gradients * (fsdp + inside / mesh["fsdp"]),
+        "ici weights": times * weights * fsdp,
+        "ici gradients": times * gradients * (reduced + 2 * inside / mesh["fsdp"]),
         "ici activations": 2 * (passes + 1) * model.layers * 2 * tensor * tokens * model.width * itemsize,
-        "dcn gradients": microbatches * 2 * gradients / mesh["fsdp"] * outside,
+        "dcn gradients": times * 2 * gradients / mesh["fsdp"] * outside,
     }
     kinds = accounting.layer_kinds(model)
     local = len(kinds) - kinds.count("full")

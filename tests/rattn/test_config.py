@@ -82,6 +82,12 @@ def test_mixer_turns_local_layers_alone():
         ({"model.window_choices": (8,), "model.window_weights": (1, 2)}, "config.model.window_weights is (1, 2)"),
         ({"model.window_final_steps": 1001}, "config.model.window_final_steps is 1001 and config.total_steps 1000"),
         ({"init_from_what": "all"}, "config.init_from_what is 'all'; use one of everything, parameters"),
+        (
+            {"mesh.exchange": "steps"},
+            "config.mesh.exchange is 'steps', did you mean 'step'?; use one of microbatch, step",
+        ),
+        ({"mesh.exchange": "step", "mesh.seq": 2}, "config.mesh.exchange is 'step' with seq=2 × model=1"),
+        ({"mesh.exchange": "step", "mesh.model": -1}, "config.mesh.exchange is 'step' with seq=1 × model=-1"),
         ({"on_non_finite": "pray"}, "config.on_non_finite is 'pray'; use one of stop, skip"),
     ],
 )

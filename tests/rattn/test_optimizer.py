@@ -9,6 +9,7 @@ import pytest
 from rattn.config import load_config
 from rattn.model.parameters import flatten, initial_parameters, model_spec
 from rattn.optimizer import is_matrix, learning_rate_schedule, make_optimizer
+from rattn.sharding import Sharding, make_mesh
 from rattn.step import make_train_step
 
 
@@ -43,7 +44,8 @@ def first_state(config):
         "step": jnp.zeros((), jnp.int32),
     }
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    return jax.jit(make_train_step(config, spec, optimizer, schedule)), state
+    sharding = Sharding(make_mesh(config.mesh, jax.devices()[:1]))
+    return jax.jit(make_train_step(config, spec, optimizer, schedule, sharding)), state
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def step_on(mesh_sizes, devices):
         "loss_mask": segments[:, 1:] == segments[:, :-1],
     }
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    step = jax.jit(make_train_step(config, spec, optimizer, schedule), out_shardings=(shardings, None))
+    step = jax.jit(make_train_step(config, spec, optimizer, schedule, sharding), out_shardings=(shardings, None))
     state, metrics = step(state, jax.device_put(batch, sharding.batch))
     return jax.tree.map(np.asarray, (metrics, flatten(state["parameters"]), flatten(optax_mu(state)))), shardings
 
