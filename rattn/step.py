@@ -17,9 +17,11 @@ Tree = Any
 Batch = dict[str, jax.Array]
 
 
-def batch_shapes(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a step's batch, each laid out by `sharding`."""
-    shape = (config.batch_size, config.context_length)
+def batch_shapes(
+    config: ConfigDict, sharding: jax.sharding.Sharding, rows: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a step's batch, or of one of so many rows, each laid out by `sharding`."""
+    shape = (rows or config.batch_size, config.context_length)
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.bool_ if name == "loss_mask" else jnp.int32, sharding=sharding)
         for name in ("tokens", "targets", "segment_ids", "loss_mask")

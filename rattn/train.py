@@ -7,6 +7,7 @@ stop, saved, and should be started again, anything else failed with a sentence.
 import contextlib
 import functools
 import json
+import pathlib
 import shlex
 import sys
 import time
@@ -32,18 +33,20 @@ from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.restore import own_state, parameters_of, state_of_another_run
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import batch_shapes, make_eval_step, make_train_step
+from rattn.turns import turn
 from rattn.windows import configs_by_window, window_of_step
 
 EXIT_COMPLETE, EXIT_RESTART = 0, 75
 
 
-def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int:
+def train(config: ConfigDict, workdir: epath.PathLike, command: str = "", turn_file: str | None = None) -> int:
     """Runs a valid config to its end, to a signal, or to a sentence; returns the exit status.
 
     Args:
       config: as `rattn.config.validate` returns it.
       workdir: local or `gs://` folder of logs and checkpoints; a run found there is continued.
       command: what the user typed, to say how to continue.
+      turn_file: trainings on this machine that name the same file compile at any time and train one after another.
     """
     workdir = epath.Path(workdir)
     sharding = Sharding(make_mesh(config.mesh))
@@ -95,7 +98,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "") -> int
             )
             for window, step_config in configs_by_window(config)
         }
-        status = run.loop(step_functions, state, shardings, first_step)
+        status = run.loop(step_functions, state, shardings, first_step, turn_file and pathlib.Path(turn_file))
     finally:
         checkpoints.close()
     _say_goodbye(status, config, workdir, command)
@@ -126,7 +129,14 @@ class _Loop:
             by_window=bool(config.model.window_choices),
         )
 
-    def loop(self, step_functions: dict[int, Any], state: Any, shardings: Any, first_step: int) -> int:
+    def loop(
+        self,
+        step_functions: dict[int, Any],
+        state: Any,
+        shardings: Any,
+        first_step: int,
+        turn_file: pathlib.Path | None,
+    ) -> int:
         """Trains from `first_step` to the end or a signal; returns the exit status."""
         config, total = self.config, self.config.total_steps
         self.writer = MetricsWriter(self.workdir, config.log, first_step) if multihost.is_main() else None
@@ -140,6 +150,9 @@ class _Loop:
             if self.writer:
                 cleanup.callback(self.writer.close)
             train_steps = self._compile(step_functions, state, shardings)
+            stopped = functools.partial(stop.after, step)
+            cleanup.enter_context(turn(turn_file, stopped=stopped, say=self.progress.say))
+            self.progress.start()
             self.clock = Clock()
             cleanup.enter_context(jax.transfer_guard("disallow"))
             while step < total and not stop.after(step):
@@ -175,7 +188,7 @@ class _Loop:
         return EXIT_COMPLETE if step == total else EXIT_RESTART
 
     def _compile(self, step_functions: dict[int, Any], state: Any, shardings: Any) -> dict[int, Any]:
-        """Compiles the training step of every window ahead of its first use, so that no step's time holds it."""
+        """Compiles the steps of every window and the evaluation ahead, so that no step's time holds it."""
         compiled = {}
         for window, step_function in step_functions.items():
             started = time.monotonic()
@@ -187,7 +200,12 @@ class _Loop:
                 .compile()
             )
             self.progress.say(f"Compiled in {time.monotonic() - started:.1f} s.")
-        self.progress.start()
+        rows = batch_shapes(self.config, self.sharding.batch, self.config.evaluation.batch_size)
+        self._eval_step = (
+            jax.jit(make_eval_step(self.spec, self.config.loss.chunk_tokens), out_shardings=self.sharding.replicated)
+            .lower(state["parameters"], rows, self._token_bytes)
+            .compile()
+        )
         return compiled
 
     def _look(self, step: int, window: int, metrics: dict[str, jax.Array]) -> None:
@@ -246,10 +264,6 @@ class _Loop:
     @functools.cached_property
     def _branch_diagnostics(self) -> Any:
         return branch_diagnostics(self.spec, self.config, self.sharding)
-
-    @functools.cached_property
-    def _eval_step(self) -> Any:
-        return jax.jit(make_eval_step(self.spec, self.config.loss.chunk_tokens), out_shardings=self.sharding.replicated)
 
     @functools.cached_property
     def _token_bytes(self) -> jax.Array:
@@ -326,10 +340,12 @@ def main(config: ConfigDict, recipe: str) -> int:
     workdir = flags.FLAGS.workdir or f"runs/{recipe}"
     platform.configure(epath.Path(workdir) / "compiled" if config.deterministic else None)
     multihost.join()
-    return train(config, workdir, shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]]))
+    command = shlex.join(["python", "-m", "rattn.train", *sys.argv[1:]])
+    return train(config, workdir, command, flags.FLAGS.turn_file)
 
 
 if __name__ == "__main__":
     multihost.define_flags()
     flags.DEFINE_string("workdir", None, "Folder of logs and checkpoints; runs/RECIPE by default.")
+    flags.DEFINE_string("turn_file", None, "Trainings that name the same file train one after another.")
     run_main(main)

@@ -55,9 +55,7 @@ class Decoder:
             )
         caches.check_options(fold_tokens, state_dtype)
         if attention not in ATTENTIONS:
-            raise UserError(
-                f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {', '.join(ATTENTIONS)}."
-            )
+            raise UserError(f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {', '.join(ATTENTIONS)}.")
         if attention == "pallas_gpu" and sharding.mesh.size > 1:
             raise UserError(f"attention='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'.")
         if sharding.mesh.size > 1:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -13,12 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import IO
 
 from rattn.errors import UserError
 from rattn.sweeping.points import Point, Sweep, same_config
 from rattn.sweeping.results import Result, Results, checkpoint_steps, last_metrics, latest_step
 from rattn.sweeping.table import Table
+from rattn.turns import locked
 
 EXIT_COMPLETE, EXIT_FAILED, EXIT_RESTART = 0, 1, 75
 
@@ -34,7 +33,7 @@ class Options:
         sets no limit.
       cut_points: starts what does not fit too, for the next start on this machine to go on with.
       train_alone: of the sweeps that share a workdir and see the same GPUs, one trains at a time, so that step times
-        are true; the others evaluate meanwhile, or wait.
+        are true; the others compile and evaluate meanwhile, or wait.
       delete_checkpoints: frees a finished point's checkpoints once no other point needs them.
       archive: file into which all results are packed whenever there is a new one.
     """
@@ -110,6 +109,9 @@ class Runner:
         train = ["python", "-m", "rattn.train", "--config", point.recipe, "--workdir", folder, *point.overrides]
         if point.trunk:
             train.append(f"--config.init_from={self.results.point_folder(point.trunk)}")
+        if self.options.train_alone:
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+            train.append(f"--turn_file={self.results.workdir / f'training-{gpus}.lock'}")
         evaluate = ["python", "-m", "rattn.evaluate", "--checkpoint", folder, *self.sweep.evaluation]
         evaluate += ["--out", f"{folder}/evaluation.json"]
         return {"train": train, "evaluate": evaluate}
@@ -142,23 +144,7 @@ class Runner:
     def _train(self, point: Point, lock: int) -> float | None:
         if latest_step(self.results.point_folder(point.name)) >= point.config.total_steps:
             return None
-        with self._turn(point):
-            return self._run(point, "train", lock)
-
-    @contextlib.contextmanager
-    def _turn(self, point: Point) -> Iterator[None]:
-        """Waits until no other sweep of this workdir trains on these GPUs, and keeps others from it."""
-        if not self.options.train_alone:
-            yield
-            return
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-        with (self.results.workdir / f"training-{gpus}.lock").open("w") as file:
-            while not _flock(file):
-                self.table.set(point.name, "waiting", "another point is training")
-                self._check_time(point)
-                time.sleep(0.5)
-            self._check_time(point)
-            yield
+        return self._run(point, "train", lock)
 
     def _ensure_trunk(self, point: Point) -> None:
         """Trains the trunk (again) where its checkpoint is not on this machine."""
@@ -241,7 +227,7 @@ class Runner:
         folder = self.results.point_folder(point.name)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as file:
-            if not _flock(file):
+            if not locked(file):
                 raise _Left("elsewhere", "another process is at work on it")
             self._claim(point, folder)
             yield file.fileno()
@@ -297,7 +283,9 @@ class Runner:
 
         step = max(result["evaluation"]["training"]["step_seconds"] for result in alike)
         done = latest_step(self.results.point_folder(point.name)) or point.first_step
-        total = max(fixed(result) for result in timed) + step * (point.config.total_steps - done)
+        # Where points wait for each other, the least that one took beside its steps is what it takes alone.
+        beside = (min if self.options.train_alone else max)(fixed(result) for result in timed)
+        total = beside + step * (point.config.total_steps - done)
         if point.trunk and not checkpoint_steps(self.results.point_folder(point.trunk)):
             total += step * self._points[point.trunk].config.total_steps
         return total
@@ -308,15 +296,6 @@ class Runner:
         needed = {point.trunk for point in unfinished} | {point.name for point in unfinished}
         for name in self._points.keys() - needed:
             self.results.delete_checkpoints(name)
-
-
-def _flock(file: IO[str]) -> bool:
-    """Takes the lock of an open file, if nobody has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def fill_launcher(template: str, command: list[str], **values: str) -> str:

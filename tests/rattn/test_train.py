@@ -1,12 +1,16 @@
 """Training through the public command: what is killed and resumed equals what was left alone."""
 
+import fcntl
 import json
 import shutil
 import signal
+import time
+import types
 
 import numpy as np
 import pytest
 
+from rattn import turns
 from rattn.config import load_config
 from rattn.errors import UserError
 from rattn.train import train
@@ -160,11 +164,17 @@ def test_a_non_finite_step_stops_with_its_rows_and_keeps_the_last_good_checkpoin
 
 
 def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, capsys, monkeypatch):
-    """In a workdir with a relative path, as users type it."""
+    """In a workdir with a relative path, as users type it, and after the training before it ended."""
     config = miniature("steps=8", optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
     config.on_non_finite = "skip"
     config.log.profile_steps = (3, 5)
     monkeypatch.chdir(tmp_path)
-    assert train(config, "run") == 0
-    assert "its update was not applied" in capsys.readouterr().out
+    with open("lock", "w") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        ends = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: fcntl.flock(another, fcntl.LOCK_UN))
+        monkeypatch.setattr(turns, "time", ends)
+        assert train(config, "run", turn_file="lock") == 0
+    out = capsys.readouterr().out
+    assert "Compiled; waiting for another training to end" in out
+    assert "its update was not applied" in out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

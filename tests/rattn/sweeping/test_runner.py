@@ -145,18 +145,13 @@ def test_what_is_told_to_stop_saves_and_the_next_start_goes_on(sweep_of, run, tm
     assert results.of(sweep.points[1])["trained_steps"] == 50
 
 
-def test_one_of_several_sweeps_trains_at_a_time(sweep_of, run, tmp_path, monkeypatch):
+def test_sweeps_on_the_same_gpus_train_in_turns(sweep_of, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    sweep = sweep_of(THREE)
-    (tmp_path / "sweep").mkdir()
-    with (tmp_path / "sweep" / "training-3.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert run(sweep, train_alone=True, budget_seconds=0.3)[::2] == (75, [])
-        assert run(sweep, chosen=[sweep.points[0]])[0] == 0
-        releasing = threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN))
-        releasing.start()
-        assert run(sweep, train_alone=True)[0] == 0
-        releasing.join()
+    sweep, results = sweep_of(THREE), Results(tmp_path / "sweep")
+    options = (Options(train_alone=True), Options())
+    alone, together = (Runner(sweep, results, each, Table([])).commands(sweep.points[0]) for each in options)
+    assert [*together["train"], f"--turn_file={tmp_path}/sweep/training-3.lock"] == alone["train"]
+    assert alone["evaluate"] == together["evaluate"]
 
 
 def test_what_failed_in_a_sweep_beside_this_one_is_not_tried_again(sweep_of, run):

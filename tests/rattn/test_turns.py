@@ -1,0 +1,38 @@
+"""Trainings that name the same file go one after another."""
+
+import fcntl
+import threading
+import time
+
+from rattn.turns import locked, turn
+
+
+def free(path):
+    with path.open("w") as file:
+        return locked(file)
+
+
+def test_a_turn_begins_when_the_one_before_it_ends(tmp_path):
+    path, said = tmp_path / "lock", []
+    with path.open("w") as before:
+        fcntl.flock(before, fcntl.LOCK_EX)
+        began = time.monotonic()
+        threading.Timer(0.3, fcntl.flock, (before, fcntl.LOCK_UN)).start()
+        with turn(path, stopped=lambda: False, say=said.append):
+            assert time.monotonic() - began >= 0.3
+            assert not free(path)
+    assert free(path)
+    assert said == ["Compiled; waiting for another training to end …", "Waited 0 s."]
+
+
+def test_who_is_told_to_stop_waits_no_longer(tmp_path):
+    path = tmp_path / "lock"
+    with path.open("w") as before:
+        fcntl.flock(before, fcntl.LOCK_EX)
+        with turn(path, stopped=lambda: True, say=lambda _: None):
+            pass
+
+
+def test_nobody_waits_without_a_file():
+    with turn(None, stopped=lambda: False, say=lambda _: None):
+        pass
