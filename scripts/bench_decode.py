@@ -14,7 +14,8 @@ The bound is what `rattn.accounting.decode_bytes` counts, over the bandwidth of 
 is higher here. The last table is Figure 7 of arXiv 2506.15545, the share of a step that a window of 512 saves against
 one of 4096: measured, and by the paper's formula B · cache / bandwidth + max(2 · B · parameters / FLOP/s, parameter
 bytes / bandwidth). A point that fails costs its own line alone, one that is too large is tried again at the end with
-fewer sequences, and --out is written after every point.
+fewer sequences, and --out is written after every point. --profile adds where a GPU's time goes, from one more call that
+is compiled without CUDA graphs, whose kernels the profiler does not tell apart.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import itertools
 import json
 import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
@@ -39,6 +41,7 @@ from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
 from rattn.planning.report import table
 from scripts.random_decoding import clock_of, keys_of, pick, random_cache, random_weights
+from scripts.trace_costs import costs_by_kind, costs_table
 
 GREEDY = Sampling(temperature=0.0)
 CALLS = 10
@@ -104,15 +107,16 @@ class Model:
         ring = 8 * model.kv_heads * model.head_dim * (model.window + point.fold)
         return point.batch * (self.cache_bytes(point) + 12 * model.vocab_size + scores + ring)
 
-    def compiled(self, point):
-        """Compiles C sampled steps and the fold."""
+    def compiled(self, point, options=None):
+        """Compiles C sampled steps and the fold, with options of XLA's."""
         decoder = self.decoder(point.fold, point.attention)
         layout = decoder.layout(point.batch, point.context)
         tokens = jax.ShapeDtypeStruct((point.batch,), jnp.int32)
         run = decoder.compiled("sample", layout, GREEDY)
         shapes = caches.cache_shapes(decoder.layers, layout)
         keys = jax.eval_shape(lambda: keys_of(point))
-        return run.lower(self.weight_shapes, shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+        lowered = run.lower(self.weight_shapes, shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32))
+        return lowered.compile(compiler_options=options)
 
 
 def main():
@@ -156,6 +160,8 @@ def main():
             continue
         found.append(entry(model, point, milliseconds, max(result["bandwidth"].values()), seconds))
         print(line(found[-1]), flush=True)
+        if args.profile:
+            print(profile(model, weights, point), flush=True)
         result["figure_7"] = figure_7(models, found, max(result["bandwidth"].values()), accounting.peak_flops(device))
         result["seconds"] = time.perf_counter() - began
         write(args.out, result)
@@ -197,6 +203,7 @@ def arguments():
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")
     parser.add_argument("--memory_gib", type=float, help="of the device; what it says by default")
     parser.add_argument("--copy_gib", type=float, default=4.0, help="size of the array whose copy is timed")
+    parser.add_argument("--profile", action="store_true", help="add a table of a call's kernels by kind")
     parser.add_argument("--out", help="JSON file of all results; scripts/plot_decode.py draws it")
     return parser.parse_args()
 
@@ -282,20 +289,38 @@ def bandwidth(gib):
 
 def measure(model, compiled, weights, point):
     """Returns milliseconds of a step in each call, sorted."""
-    cache = random_cache(model.decoder(point.fold, point.attention), point)
-    weights = pick(weights, model.weight_shapes)
-    tokens, keys, first = jnp.zeros(point.batch, jnp.int32), keys_of(point), jnp.int32(0)
-    clocks = [clock_of(point) for _ in range(2 + CALLS)]
-    jax.block_until_ready((cache, clocks, tokens, keys))
     ended, before = [], None
-    for clock in clocks:
-        out, cache = compiled(weights, dataclasses.replace(cache, clock=clock), tokens, keys, first)
+    for out in calls(model, compiled, weights, point, 2 + CALLS):
         if before is not None:
             before.block_until_ready()
             ended.append(time.perf_counter())
         before = out
-    jax.block_until_ready(out)
+    jax.block_until_ready(before)
     return sorted((end - start) / point.fold * 1e3 for start, end in itertools.pairwise(ended))
+
+
+def calls(model, compiled, weights, point, count):
+    """Queues call after call of C steps each; yields the tokens of each, which may not be there yet."""
+    cache = random_cache(model.decoder(point.fold, point.attention), point)
+    weights = pick(weights, model.weight_shapes)
+    tokens, keys, first = jnp.zeros(point.batch, jnp.int32), keys_of(point), jnp.int32(0)
+    clocks = [clock_of(point) for _ in range(count)]
+    jax.block_until_ready((cache, clocks, tokens, keys))
+    for clock in clocks:
+        out, cache = compiled(weights, dataclasses.replace(cache, clock=clock), tokens, keys, first)
+        yield out
+
+
+def profile(model, weights, point):
+    """Returns a table of the kernels of a call."""
+    compiled = model.compiled(point, {"xla_gpu_enable_command_buffer": ""})
+    with tempfile.TemporaryDirectory() as folder:
+        for number, out in enumerate(calls(model, compiled, weights, point, 2)):
+            jax.block_until_ready(out)
+            if number == 0:
+                jax.profiler.start_trace(folder)
+        jax.profiler.stop_trace()
+        return costs_table(costs_by_kind(pathlib.Path(folder)), kernels=20)
 
 
 def entry(model, point, milliseconds, bytes_per_second, compile_seconds):

@@ -14,7 +14,7 @@ from scripts import bench_decode, plot_decode
 def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     """One model is timed at 4 sequences; of the others, one does not compile and one has no room for 4."""
     out, compiled, measure = tmp_path / "decode.json", bench_decode.Model.compiled, bench_decode.measure
-    real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "xla")
+    real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "auto")
 
     def compiled_once(model, point):
         if point.model == "full":
@@ -37,10 +37,10 @@ def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     assert places == [("rattention:512", 24, 4, 4), ("swa:4096", 24, 3, 4), ("rattention:512", 24, 3, 4)]
     for point in result["points"]:
         assert point["tokens_per_second"] == pytest.approx(point["batch"] * 1e3 / point["milliseconds"]["median"])
-    assert "full, context 24, batch 4, C = 4, xla: ValueError no such thing\n" in said
-    assert "swa:4096, context 24, batch 4, C = 4, xla: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
+    assert "full, context 24, batch 4, C = 4, auto: ValueError no such thing\n" in said
+    assert "swa:4096, context 24, batch 4, C = 4, auto: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
     assert [(gain["context"], gain["batch"]) for gain in result["figure_7"]] == [(24, 3)]
-    assert said.rstrip().splitlines()[-1].split()[:4] == ["24", "3", "4", "xla"]
+    assert said.rstrip().splitlines()[-1].split()[:4] == ["24", "3", "4", "auto"]
     monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
     plot_decode.main()
     assert (tmp_path / "decode.png").stat().st_size > 10_000
