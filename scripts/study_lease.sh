@@ -14,8 +14,9 @@
 #
 #   python -m rattn.sweep --merge OUT/window.tar.xz --workdir runs/window --report_only
 #
-# PROCESSES sweeps share each GPU and its memory. In the window study one of them trains at a time, so that step times are
-# true, while the others evaluate; models of the recall study are too small to fill a GPU, and all train at once.
+# PROCESSES sweeps share each GPU and its memory (a point of the window study takes 16 GiB: give 3 on 80 GB). In the window
+# study one of them trains at a time, so that step times are true, while the others compile and evaluate; models of the
+# recall study are too small to fill a GPU, and all train at once.
 set -u
 if [ $# -lt 3 ]; then
   echo "study_lease.sh: give STUDY (window or recall), OUT (a folder) and SECONDS, then flags of rattn.sweep." >&2
@@ -24,7 +25,7 @@ fi
 study=$1 out=$2 seconds=$3
 shift 3
 case $study in
-  window) config=configs/small.py processes=${PROCESSES:-2} alone=--train_alone ;;
+  window) config=configs/small.py processes=${PROCESSES:-4} alone=--train_alone ;;
   recall) config=configs/recall.py processes=${PROCESSES:-4} alone=--notrain_alone ;;
   *) echo "study_lease.sh: there is no study '$study'; name window or recall." >&2; exit 1 ;;
 esac
