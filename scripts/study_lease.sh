@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs, and leaves their results in one
+# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs or those that GPUS lists, and leaves their results in one
 # small archive, which is written anew whenever a point is done.
 #
 #   scripts/study_lease.sh STUDY OUT SECONDS [flags of rattn.sweep]
@@ -44,10 +44,11 @@ if [ -f "build/study/$study.tar.xz" ]; then
   "$python" -m rattn.sweep --workdir "runs/$study" --merge "build/study/$study.tar.xz" --noreport || exit 1
 fi
 gpus=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
+gpus=${GPUS:-$(seq 0 $((gpus > 0 ? gpus - 1 : 0)))}
 mkdir -p "$out"
 sweeps=
 for _ in $(seq "$processes"); do
-  for gpu in $(seq 0 $((gpus > 0 ? gpus - 1 : 0))); do
+  for gpu in $gpus; do
     CUDA_VISIBLE_DEVICES=$gpu "$python" -m rattn.sweep --config "$config" --sweep "configs/sweeps/$study.py" \
       --workdir "runs/$study" --budget_seconds "$((seconds - $(date +%s) + started))" $alone --delete_checkpoints \
       --noreport --archive "$out/$study.tar.xz" "$@" &
