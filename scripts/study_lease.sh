@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs or those that GPUS lists, and leaves their results in one
-# small archive, which is written anew whenever a point is done.
+# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs or those that GPUS lists, and leaves
+# their results in one small archive, which is written anew whenever a point is done.
 #
 #   scripts/study_lease.sh STUDY OUT SECONDS [flags of rattn.sweep]
 #
