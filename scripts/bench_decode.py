@@ -44,7 +44,8 @@ from scripts.random_decoding import clock_of, keys_of, pick, random_cache, rando
 from scripts.trace_costs import costs_by_kind, costs_table
 
 GREEDY = Sampling(temperature=0.0)
-CALLS = 10
+# Timed calls of a point, or fewer where they take so long.
+CALLS, FEWEST_CALLS, ENOUGH_SECONDS = 10, 4, 3.0
 NARROW, WIDE = "rattention:512", "swa:4096"
 
 
@@ -193,7 +194,7 @@ def arguments():
     parser.add_argument(
         "--batches",
         nargs="+",
-        default=["32", "max", "1", "128"],
+        default=["32", "128", "max", "1"],
         help="in this order; max: most that fit, and most of the model before",
     )
     parser.add_argument("--fold", type=int, nargs="+", default=[accounting.FOLD_TOKENS], help="C, tokens between folds")
@@ -295,6 +296,8 @@ def measure(model, compiled, weights, point):
             before.block_until_ready()
             ended.append(time.perf_counter())
         before = out
+        if len(ended) > FEWEST_CALLS and ended[-1] - ended[0] > ENOUGH_SECONDS:
+            break
     jax.block_until_ready(before)
     return sorted((end - start) / point.fold * 1e3 for start, end in itertools.pairwise(ended))
 

@@ -34,11 +34,12 @@ def plot_gain(axes, entries):
         batches = [entry["batch"] for entry in line]
         measured, formula = ([100 * entry[name] for entry in line] for name in ("measured", "formula"))
         axes.plot(batches, measured, "o-", color=f"C{color}", label=f"{context:,} tokens")
-        axes.plot(batches, formula, "--", color=f"C{color}", linewidth=0.8)
+        axes.plot(batches, formula, "x--", color=f"C{color}", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("batch")
     axes.set_ylabel("% of a step saved")
-    axes.set_title("window 512 against 4096 (dashed: the paper's formula)", fontsize=9)
+    axes.set_title("window 512 against 4096 (crosses: the paper's formula)", fontsize=9)
     if entries:
         axes.legend(fontsize=8)
 
@@ -53,7 +54,8 @@ def plot_bound(axes, points):
             "o",
             label=name,
         )
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(0, 105)
     axes.set_xlabel("ms a step")
     axes.set_ylabel("% of the bandwidth bound")
