@@ -7,8 +7,8 @@
 
 A point is a model (mixer:window), a context length and a batch. Its cache is allocated for exactly the context, filled
 with random keys, values and states, and its sequences stand C tokens before the end; a call samples C tokens greedily
-and folds. A time is that of a step, the median of CALLS calls with the extremes; the next call is always queued before
-one ends, so that the device never waits for the host.
+and folds. A time is that of a step, the median of up to CALLS calls with the extremes; the next call is always queued
+before one ends, so that the device never waits for the host.
 
 The bound is what `rattn.accounting.decode_bytes` counts, over the bandwidth of a copy or of a sum of 4 GiB, whichever
 is higher here. The last table is Figure 7 of arXiv 2506.15545, the share of a step that a window of 512 saves against

@@ -43,8 +43,8 @@ fi
 if [ -f "build/study/$study.tar.xz" ]; then
   "$python" -m rattn.sweep --workdir "runs/$study" --merge "build/study/$study.tar.xz" --noreport || exit 1
 fi
-gpus=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
-gpus=${GPUS:-$(seq 0 $((gpus > 0 ? gpus - 1 : 0)))}
+count=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
+gpus=${GPUS:-$(seq 0 $((count > 0 ? count - 1 : 0)))}
 mkdir -p "$out"
 sweeps=
 for _ in $(seq "$processes"); do

@@ -15,6 +15,19 @@ from tests.runs import finish, start
 RECIPE = "tests/recipes/miniature.py"
 
 
+def packed_batch(rows, length):
+    """A batch of random bytes in up to three documents a row, whose boundaries the loss does not cross."""
+    shape = rows, length + 1
+    tokens = np.random.default_rng(0).integers(3, 259, shape).astype(np.int32)
+    segments = np.sort(np.random.default_rng(1).integers(1, 4, shape), axis=1).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments[:, :-1],
+        "loss_mask": segments[:, 1:] == segments[:, :-1],
+    }
+
+
 @pytest.fixture(scope="session")
 def stream_folder(tmp_path_factory):
     """Twelve speeches, cut to 3 kB, two of them for validation."""

@@ -14,29 +14,17 @@ from rattn.planning.roofline import network_bytes
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import make_train_step
 from rattn.train import state_layout
+from tests.rattn.conftest import RECIPE, packed_batch
 
 MICROBATCHES = 3
 
 
 def config_of(exchange, scan_blocks):
-    config = load_config("tests/recipes/miniature.py")
+    config = load_config(RECIPE)
     config.batch_size, config.accumulation_steps = 8 * MICROBATCHES, MICROBATCHES
     config.model.update(layers=5, scan_blocks=scan_blocks)
     config.mesh.update(data=2, fsdp=4, exchange=exchange)
     return validate(config)
-
-
-def batch_of(config):
-    draws = np.random.default_rng(0).spawn(2)
-    shape = (config.batch_size, config.context_length + 1)
-    tokens = draws[0].integers(3, 259, shape).astype(np.int32)
-    segments = np.sort(draws[1].integers(1, 4, shape), axis=1).astype(np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": segments[:, :-1],
-        "loss_mask": segments[:, 1:] == segments[:, :-1],
-    }
 
 
 def run_step(exchange, scan_blocks):
@@ -51,7 +39,8 @@ def run_step(exchange, scan_blocks):
         make_train_step(config, spec, optimizer, optax.constant_schedule(1.0), sharding),
         out_shardings=(shardings, sharding.replicated),
     )
-    arguments = jax.device_put(state, shardings), jax.device_put(batch_of(config), sharding.batch)
+    batch = packed_batch(config.batch_size, config.context_length)
+    arguments = jax.device_put(state, shardings), jax.device_put(batch, sharding.batch)
     compiled = step.lower(*arguments).compile()
     after, metrics = compiled(*arguments)
     gradients = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), before, after["parameters"])

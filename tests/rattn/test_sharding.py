@@ -18,6 +18,7 @@ from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.sharding import AXES, Sharding, ShardingRules, make_mesh
 from rattn.step import make_train_step
 from rattn.train import state_layout
+from tests.rattn.conftest import packed_batch
 
 
 def config_of(**mesh):
@@ -132,17 +133,9 @@ def step_on(mesh_sizes, devices):
     state = {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.asarray(5, jnp.int32)}
     _, shardings = state_layout(spec, optimizer, sharding)
     state = jax.device_put(state, shardings)
-    tokens = np.random.default_rng(0).integers(3, 259, (8, 33)).astype(np.int32)
-    segments = np.sort(np.random.default_rng(1).integers(1, 4, (8, 33)), axis=1).astype(np.int32)
-    batch = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": segments[:, :-1],
-        "loss_mask": segments[:, 1:] == segments[:, :-1],
-    }
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     step = jax.jit(make_train_step(config, spec, optimizer, schedule, sharding), out_shardings=(shardings, None))
-    state, metrics = step(state, jax.device_put(batch, sharding.batch))
+    state, metrics = step(state, jax.device_put(packed_batch(8, 32), sharding.batch))
     return jax.tree.map(np.asarray, (metrics, flatten(state["parameters"]), flatten(optax_mu(state)))), shardings
 
 

@@ -1,9 +1,9 @@
 """Trainings that name the same file go one after another."""
 
 import fcntl
-import threading
-import time
+import types
 
+from rattn import turns
 from rattn.turns import locked, turn
 
 
@@ -12,17 +12,19 @@ def free(path):
         return locked(file)
 
 
-def test_a_turn_begins_when_the_one_before_it_ends(tmp_path):
+def test_a_turn_begins_when_the_one_before_it_ends(tmp_path, monkeypatch):
     path, said = tmp_path / "lock", []
     with path.open("w") as before:
         fcntl.flock(before, fcntl.LOCK_EX)
-        began = time.monotonic()
-        threading.Timer(0.3, fcntl.flock, (before, fcntl.LOCK_UN)).start()
+        # A clock that stands at 0 and at 7 s, and a first wait in which the other training ends.
+        ends = types.SimpleNamespace(
+            monotonic=iter([0, 7]).__next__, sleep=lambda _: fcntl.flock(before, fcntl.LOCK_UN)
+        )
+        monkeypatch.setattr(turns, "time", ends)
         with turn(path, stopped=lambda: False, say=said.append):
-            assert time.monotonic() - began >= 0.3
             assert not free(path)
     assert free(path)
-    assert said == ["Compiled; waiting for another training to end …", "Waited 0 s."]
+    assert said == ["Compiled; waiting for another training to end …", "Waited 7 s."]
 
 
 def test_who_is_told_to_stop_waits_no_longer(tmp_path):
