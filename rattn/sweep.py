@@ -76,15 +76,16 @@ def _merge(results: Results, other: str) -> None:
 
 def _finish(results: Results, sweep: Sweep | None, values: flags.FlagValues, status: int) -> int:
     """Writes what the results allow, and says what failed; of the sweep's points, or of all that is there."""
-    found, failures = results.all(), results.failures()
+    found, failures, missing = results.all(), results.failures(), []
     if sweep:
         found = [result for point in sweep.points if (result := results.of(point))]
+        missing = [point.name for point in sweep.points if not results.of(point)]
         failures = [failure for failure in failures if failure["identity"] in {p.identity for p in sweep.points}]
     if values.archive:
         print(f"{results.write_archive(pathlib.Path(values.archive))} results in {values.archive}")
     if found and values.report:
         try:
-            print(f"Report: {write_report(found, failures, results.workdir, values.epsilon)}")
+            print(f"Report: {write_report(found, failures, results.workdir, values.epsilon, missing)}")
         except UserError as error:
             if values.report_only:
                 raise

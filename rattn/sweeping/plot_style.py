@@ -4,7 +4,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rattn.errors import UserError
@@ -25,14 +25,11 @@ except ModuleNotFoundError as error:
 
 # Stands for the text colour: in the SVG it becomes currentColor, so that one figure serves light and dark pages.
 INK = "#1a1c20"
-# From small to large windows. All read on white and on near-black, and differ in lightness where hues are confused.
-COLOURS = {
-    "full": (INK, INK),
-    "rattention": ("#6aaee8", "#2166ac"),
-    "swa": ("#f0a848", "#c05a00"),
-    "linear": ("#2a9d7f", "#2a9d7f"),
-}
-OTHER_COLOURS = ("#b48ad6", "#8250b0")
+# All read on white and on near-black.
+COLOURS = {"full": INK, "rattention": "#2f7fd0", "swa": "#d9761a", "linear": "#2a9d7f"}
+OTHER_COLOUR = "#9a60c8"
+# From small to large windows, where a mixer has its own axes.
+WINDOW_COLOURS = ("#4a7fe0", "#17a2a8", "#58a32b", "#cf9a00", "#e3641c", "#d63a78", "#9a60c8")
 MARKERS = "osD^vPX*<>"
 STYLE = {
     "font.size": 10,
@@ -61,6 +58,7 @@ class Plot:
       title, caption: for the page; the caption also describes it to those who cannot see it.
       svg: inline SVG text.
       png: file contents.
+      wide: whether it takes the page's whole width.
     """
 
     name: str
@@ -68,26 +66,26 @@ class Plot:
     caption: str
     svg: str
     png: bytes
+    wide: bool
 
 
-def styled(group: Group) -> Iterator[tuple[Variant, dict[str, Any]]]:
-    """Variants with colour, marker and dashes: a hue a mixer, darker for larger windows."""
-    for mixer in dict.fromkeys(variant.mixer for variant in group.variants):
-        curve = group.curve(mixer)
-        for index, variant in enumerate(curve):
-            style = {
-                "color": colour(mixer, index / (len(curve) - 1) if len(curve) > 1 else 1.0),
-                "marker": MARKERS[index % len(MARKERS)] if variant.window is not None else None,
-                "linestyle": {"full": "-", "swa": "--", "linear": ":"}.get(mixer, "-"),
-                "markersize": 4.5,
-                "linewidth": 1.4,
-            }
-            yield variant, style
+def line_style(group: Group, variant: Variant) -> dict[str, Any]:
+    """Colour, marker and dashes of a variant's curve: a window looks the same whatever the mixer."""
+    style = {"linewidth": 1.4, "markersize": 4.5, "color": colour(variant.mixer)}
+    if variant.window is None:
+        return style | {"linestyle": "-" if variant.mixer == "full" else ":"}
+    index = group.windows.index(variant.window)
+    share = index / max(len(group.windows) - 1, 1) * (len(WINDOW_COLOURS) - 1)
+    low, high = WINDOW_COLOURS[math.floor(share)], WINDOW_COLOURS[math.ceil(share)]
+    return style | {"color": _between(low, high, share % 1), "marker": MARKERS[index % len(MARKERS)]}
 
 
-def colour(mixer: str, share: float = 1.0) -> str:
-    """The mixer's hue, from light (0) to dark (1)."""
-    low, high = COLOURS.get(mixer, OTHER_COLOURS)
+def colour(mixer: str) -> str:
+    """The mixer's."""
+    return COLOURS.get(mixer, OTHER_COLOUR)
+
+
+def _between(low: str, high: str, share: float) -> str:
     parts = [round(int(low[i : i + 2], 16) * (1 - share) + int(high[i : i + 2], 16) * share) for i in (1, 3, 5)]
     return "#" + "".join(f"{part:02x}" for part in parts)
 
@@ -133,7 +131,7 @@ def keep_the_rest_in_view(axes: Axes, heights: dict[str, list[float]]) -> None:
     shown = labels[: len(labels) // 2 + 1]
     low, high = (limit(limit(heights[label]) for label in shown) for limit in (min, max)) if shown else (0.0, 0.0)
     for label in labels[len(shown) :]:
-        if max(heights[label]) > high + 1.5 * max(high - low, 0.01 * abs(high)):
+        if max(heights[label]) > high + max(high - low, 0.01 * abs(high)):
             break
         shown.append(label)
         low, high = min(low, *heights[label]), max(heights[label])
@@ -147,18 +145,21 @@ def keep_the_rest_in_view(axes: Axes, heights: dict[str, list[float]]) -> None:
     )  # fmt: skip
 
 
-def legend(axes: Axes) -> None:
-    """A legend below the axes."""
-    count = len(axes.get_legend_handles_labels()[1])
-    axes.figure.legend(loc="outside lower center", ncols=min(count, 4))
+def legend(figure: Figure, columns: int) -> None:
+    """A legend below the axes, a name once."""
+    lines = {}
+    for axes in figure.axes:
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), columns))
 
 
-def saved(name: str, title: str, caption: str, figure: Figure) -> Plot:
+def saved(name: str, title: str, caption: str, figure: Figure, *, wide: bool) -> Plot:
     """Renders a figure in both forms."""
     png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=150, facecolor="white")
+    figure.savefig(png, format="png", dpi=110, facecolor="white")
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(name, title, caption, _page_svg(svg.getvalue(), f"{title}. {caption}"), png.getvalue())
+    return Plot(name, title, caption, _page_svg(svg.getvalue(), f"{title}. {caption}"), png.getvalue(), wide)
 
 
 def _page_svg(text: str, description: str) -> str:

@@ -1,4 +1,4 @@
-"""The report on a sweep: report.html (self-contained), a PNG of each figure, results.csv."""
+"""The report on a sweep: report.html (self-contained), a PNG of each figure, tables.md, results.csv."""
 
 import csv
 import datetime
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rattn.accounting import readable_bytes, readable_count
-from rattn.sweeping.results import Result
+from rattn.sweeping.results import Result, training_losses
 from rattn.sweeping.summary import (
     Group,
     Run,
@@ -18,7 +18,9 @@ from rattn.sweeping.summary import (
     bits_per_byte,
     grouped,
     loss,
+    loss_at,
     recall_beyond,
+    recall_loss,
     repeated,
     weighted,
 )
@@ -38,6 +40,7 @@ h3 { font-size: 1rem; margin: 0 0 .25rem; } p { margin: .5rem 0; max-width: 52re
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 2rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-top: .5rem; }
+figure.wide { grid-column: 1 / -1; } figure.wide svg { min-width: 48rem; }
 section > .scroll { margin: 0 0 2rem; } .scroll { overflow-x: auto; }
 figure svg { display: block; width: 100%; min-width: 26rem; height: auto; }
 figure svg text { font-family: system-ui, sans-serif; }
@@ -51,37 +54,47 @@ NO_FIGURE = "–"
 
 
 def write_report(
-    results: Sequence[Result], failures: Sequence[dict[str, str]], workdir: pathlib.Path, epsilon: float | None
+    results: Sequence[Result],
+    failures: Sequence[dict[str, str]],
+    workdir: pathlib.Path,
+    epsilon: float | None,
+    missing: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes report.html, the PNGs and results.csv into `workdir / "report"`; returns the page's path.
+    """Writes report.html, the PNGs, tables.md and results.csv into `workdir / "report"`; returns the page's path.
+
+    Curves of the training loss are of the runs whose metrics.jsonl is under `workdir / "points"`.
 
     Args:
       results: of every finished point.
       failures: records of the points that failed.
       workdir: the sweep's.
       epsilon: see `verdict`.
+      missing: names of the sweep's points that have no result.
 
     Raises:
-      UserError: matplotlib is not installed; results.csv is written all the same.
+      UserError: matplotlib is not installed; tables.md and results.csv are written all the same.
     """
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    groups = grouped(results)
     with (folder / "results.csv").open("w", newline="") as file:
         file.write(csv_text(results))
+    (folder / "tables.md").write_text("\n".join(markdown_section(group, epsilon) for group in groups))
     # A machine that only runs points needs no matplotlib.
     from rattn.sweeping.plots import plots
 
-    groups = grouped(results)
+    points = workdir / "points"
+    curves = {result["identity"]: training_losses(points / result["name"]) for result in results}
     for old in folder.glob("*.png"):
         old.unlink()
     sections = []
     for group in groups:
-        drawn = plots(group)
+        drawn = plots(group, epsilon, {identity: curve for identity, curve in curves.items() if curve})
         for plot in drawn:
             (folder / f"{_slug(group.name)}{plot.name}.png").write_bytes(plot.png)
         sections.append(_section(group, drawn, epsilon, titled=len(groups) > 1 or bool(group.name)))
     page = folder / "report.html"
-    page.write_text(_page(workdir.name, results, failures, sections))
+    page.write_text(_page(workdir.name, results, failures, missing, sections))
     return page
 
 
@@ -143,66 +156,81 @@ def _section(group: Group, drawn: Sequence[Any], epsilon: float | None, *, title
     title = f"<h2>{html.escape(group.name or 'Other points')}</h2>" if titled else ""
     sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict(group, epsilon))
     figures = "".join(
-        f'<figure><h3>{html.escape(plot.title)}</h3><div class="scroll">{plot.svg}</div>'
-        f"<figcaption>{html.escape(plot.caption)}</figcaption></figure>"
+        f"<figure{' class=wide' if plot.wide else ''}><h3>{html.escape(plot.title)}</h3>"
+        f'<div class="scroll">{plot.svg}</div><figcaption>{html.escape(plot.caption)}</figcaption></figure>'
         for plot in drawn
     )
     return (
         f'<section>{title}<p class="soft">{_budget(group)}</p>'
-        f'<div class="verdict">{sentences}</div>{_table(group, epsilon)}'
+        f'<div class="verdict">{sentences}</div>{_html_table(group, epsilon)}'
         f'<div class="figures">{figures}</div></section>'
     )
 
 
 def _budget(group: Group) -> str:
-    """Tokens that the group's models have seen, and how often they saw the corpus."""
-    tokens = sorted({run.evaluation["tokens_seen"] for run in group.runs})
-    epochs = sorted({round(run.evaluation["epochs"], 2) for run in group.runs})
-    said = " to ".join(readable_count(value) for value in dict.fromkeys((tokens[0], tokens[-1])))
-    passes = " to ".join(f"{value:g}" for value in dict.fromkeys((epochs[0], epochs[-1])))
-    epochs_said = f": {passes} passes over the training text" if epochs[-1] else ""
-    return f"{_runs(len(group.runs))}, each trained on {said} tokens{epochs_said}."
+    """Tokens that the group's models have seen, how often they saw the corpus, and their size."""
+
+    def said(values: set[float], form: Callable[[float], str]) -> str:
+        return " to ".join(dict.fromkeys(map(form, (min(values), max(values)))))
+
+    tokens = said({run.evaluation["tokens_seen"] for run in group.runs}, readable_count)
+    parameters = said({run.evaluation["parameters"] for run in group.runs}, readable_count)
+    epochs = {round(run.evaluation["epochs"], 2) for run in group.runs}
+    passes = f", {said(epochs, '{:g}'.format)} passes over the training text" if max(epochs) else ""
+    return f"{_runs(len(group.runs))} of {parameters} parameters, each trained on {tokens} tokens{passes}."
 
 
-def _table(group: Group, epsilon: float | None) -> str:
-    full = group.full
-    header = ["", "seeds", "loss", "± spread", "bits per byte", "against full", "recall loss beyond W", "against full"]
-    header += ["within ε", "cache", "step ms", "tokens/s", "parameters"]
+def _table(group: Group, epsilon: float | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of plain text, a row for each variant."""
+    full, longer = group.full, group.lengths[1:]
+    header = ["", "seeds", "loss", "± spread", "− full's", "bits per byte", "recall loss", "beyond W", "− full's"]
+    header += ["within ε", *(f"loss at {length}×" for length in longer), "cache", "step ms", "tokens/s"]
     rows = []
     for variant in group.variants:
-        compared = compare(variant, full, epsilon) if full and variant is not full else None
-        recall = recall_beyond(variant.window or 0)
-        loss_excess, recall_excess = (
-            _excess(variant, full, measure) if full and variant is not full else None for measure in (loss, recall)
-        )
+        other = full if variant is not full else None
+        compared = compare(variant, other, epsilon) if other else None
+        beyond = recall_beyond(variant.window or 0)
         rows.append(
             [
-                html.escape(variant.label),
-                str(len(variant.runs)),
+                variant.label,
+                ", ".join(map(str, sorted(run.seed for run in variant.runs))),
                 f"{variant.mean(loss):.4f}",
                 _number(variant.spread(loss), ".4f"),
+                _number(other and variant.excess(other, loss), "+.4f"),
                 f"{variant.mean(bits_per_byte):.4f}",
-                _number(loss_excess, "+.4f"),
-                _number(variant.mean(recall), ".4f"),
-                _number(recall_excess, "+.4f"),
+                _number(variant.mean(recall_loss), ".3f"),
+                _number(variant.mean(beyond), ".3f"),
+                _number(other and variant.excess(other, beyond), "+.3f"),
                 ("yes" if compared.within else "no") if compared else NO_FIGURE,
+                *(_number(variant.mean(loss_at(length)), ".4f") for length in longer),
                 readable_bytes(variant.mean(lambda run: run.cache_bytes)),
                 _number(_step_ms(variant), ".1f"),
                 _number(variant.mean(lambda run: run.tokens_per_second), ",.0f"),
-                readable_count(variant.runs[0].evaluation["parameters"]),
             ]
         )
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    return header, rows
+
+
+def _html_table(group: Group, epsilon: float | None) -> str:
+    header, rows = _table(group, epsilon)
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = "".join(
-        "<tr>" + "".join(f'<td class="good">{c}</td>' if c == "yes" else f"<td>{c}</td>" for c in row) + "</tr>"
+        "<tr>"
+        + "".join(f'<td class="good">{cell}</td>' if cell == "yes" else f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _excess(variant: Variant, full: Variant, measure: Callable[[Run], float | None]) -> float | None:
-    ours, theirs = variant.mean(measure), full.mean(measure)
-    return None if ours is None or theirs is None else ours - theirs
+def markdown_section(group: Group, epsilon: float | None) -> str:
+    """The group's verdict and table, for a page of documentation."""
+    header, rows = _table(group, epsilon)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    title = f"### {group.name}\n\n" if group.name else ""
+    said = "\n".join(f"- {sentence}" for sentence in verdict(group, epsilon))
+    return f"{title}{_budget(group)}\n\n{said}\n\n{table}\n"
 
 
 def _step_ms(variant: Variant) -> float | None:
@@ -213,7 +241,13 @@ def _number(value: float | None, form: str) -> str:
     return NO_FIGURE if value is None else format(value, form)
 
 
-def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str]], sections: Sequence[str]) -> str:
+def _page(
+    name: str,
+    results: Sequence[Result],
+    failures: Sequence[dict[str, str]],
+    missing: Sequence[str],
+    sections: Sequence[str],
+) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     facts = _facts(results)
     failed = "".join(
@@ -221,13 +255,19 @@ def _page(name: str, results: Sequence[Result], failures: Sequence[dict[str, str
         for failure in failures
     )
     failed = f"<section><h2>Failed points</h2><ul>{failed}</ul></section>" if failed else ""
+    if missing:
+        facts.insert(0, f"Not complete. Points without a result: {', '.join(missing)}.")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Window sweep: {html.escape(name)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
         f"<header><h1>Window sweep: {html.escape(name)}</h1><p class=soft>{_runs(len(results))} · {today}</p></header>"
         f"{''.join(f'<p class=soft>{html.escape(fact)}</p>' for fact in facts)}{''.join(sections)}{failed}"
         '<p class="soft">The window W counts the query itself. Spread is the sample standard deviation over seeds. '
-        "Recall tokens: see <code>rattn/evaluation/recall.py</code>. All figures: <code>results.csv</code>.</p>"
+        "Differences from full attention (− full's) are between runs of the same seed where both have one. Recall loss "
+        "is that of all recall tokens; beyond W, of those whose nearest earlier occurrence is more than W tokens back, "
+        "so that rows of different windows compare by the difference beside it alone (W is 0 for models without a "
+        "window). Recall tokens: see <code>rattn/evaluation/recall.py</code>. All figures: <code>results.csv</code>; "
+        "the tables as Markdown: <code>tables.md</code>.</p>"
         "</body></html>\n"
     )
 

@@ -166,6 +166,18 @@ def last_metrics(run: pathlib.Path) -> dict[str, float]:
     return found
 
 
+def training_losses(run: pathlib.Path) -> dict[int, float]:
+    """The loss of every step that metrics.jsonl has one of; empty where there is no such file."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # A line cut off.
+                values = json.loads(line)
+                if "loss" in values:
+                    found[values["step"]] = values["loss"]
+    return found
+
+
 def _results_in(other: pathlib.Path) -> Iterator[Result]:
     if other.is_dir():
         found = Results(other).all()

@@ -10,6 +10,8 @@ from rattn.sweeping.results import Result
 Entry = dict[str, Any]
 Bin = dict[str, Any]
 MIXER_ORDER = ("full", "rattention", "swa", "linear")
+# A curve shows no bin of fewer targets: its height would be a matter of chance.
+BIN_TARGETS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Run:
     def evaluation(self) -> dict[str, Any]:
         """What rattn.evaluate wrote."""
         return self.result["evaluation"]
+
+    @property
+    def identity(self) -> str:
+        """The point's."""
+        return self.result["identity"]
 
     @property
     def seed(self) -> int:
@@ -82,9 +89,19 @@ def loss(run: Run) -> float:
     return run.own["nats_per_token"]
 
 
+def loss_at(length: int) -> Callable[[Run], float]:
+    """Validation loss in rows of `length` contexts."""
+    return lambda run: run.at(length)["nats_per_token"]
+
+
 def bits_per_byte(run: Run) -> float:
     """Validation bits per byte of text."""
     return run.own["bits_per_byte"]
+
+
+def recall_loss(run: Run) -> float | None:
+    """Loss on recall tokens at any distance; None where there are none."""
+    return run.own["recall"]["nats_per_token"]
 
 
 def recall_beyond(window: int) -> Callable[[Run], float | None]:
@@ -131,16 +148,44 @@ class Variant:
         values = self.values(measure)
         return statistics.stdev(values) if len(values) > 1 else None
 
-    def bins(self, kind: str) -> list[Bin]:
-        """The bins of `kind` at the own window and context, their means averaged over seeds.
+    def paired(self, other: "Variant") -> tuple["Variant", "Variant"]:
+        """Both with their runs of common seeds alone, or with all runs where they have none in common.
 
-        Empty ones are left out; runs of different contexts have no bins in common.
+        A seed orders the rows, too, so a part of its luck is every variant's; a difference between means over different
+        seeds would count it as the variant's own.
+        """
+        shared = {run.seed for run in self.runs} & {run.seed for run in other.runs}
+        if not shared:
+            return self, other
+        return tuple(
+            dataclasses.replace(
+                variant, runs=tuple(sorted((r for r in variant.runs if r.seed in shared), key=lambda run: run.seed))
+            )
+            for variant in (self, other)
+        )
+
+    def excess(self, other: "Variant", measure: Callable[[Run], float | None]) -> float | None:
+        """The measure's mean minus the other variant's over the same seeds; None where one has none."""
+        means = [variant.mean(measure) for variant in self.paired(other)]
+        return None if None in means else means[0] - means[1]
+
+    def differences(self, other: "Variant", measure: Callable[[Run], float]) -> list[float]:
+        """What `excess` is the mean of: one a common seed, or the one difference of means."""
+        ours, theirs = (variant.values(measure) for variant in self.paired(other))
+        same_seeds = {run.seed for run in self.runs} & {run.seed for run in other.runs}
+        return [a - b for a, b in zip(ours, theirs, strict=True)] if same_seeds else [self.excess(other, measure)]
+
+    def bins(self, kind: str, length: int = 1) -> list[Bin]:
+        """The bins of `kind` at the own window and `length` contexts, their means averaged over seeds.
+
+        Those of fewer than `BIN_TARGETS` are left out; runs of different contexts have no bins in common.
         """
         found = []
-        if len({run.own["context_length"] for run in self.runs}) > 1:
+        entries = [run.own if length == 1 else run.at(length) for run in self.runs]
+        if None in entries or len({entry["context_length"] for entry in entries}) > 1:
             return found
-        for bins in zip(*(run.own[kind] for run in self.runs), strict=True):
-            if all(bin["targets"] for bin in bins):
+        for bins in zip(*(entry[kind] for entry in entries), strict=True):
+            if all(bin["targets"] >= BIN_TARGETS for bin in bins):
                 means = {key: statistics.fmean(bin[key] for bin in bins) for key in ("nats_per_token", "accuracy")}
                 found.append({**bins[0], **means})
         return found
@@ -166,6 +211,28 @@ class Group:
     def curve(self, mixer: str) -> list[Variant]:
         """The variants of a mixer by window."""
         return [variant for variant in self.variants if variant.mixer == mixer]
+
+    def paired_spread(self, measure: Callable[[Run], float | None]) -> tuple[float, int] | None:
+        """Spread over seeds of the differences from full attention at the same seed, and its degrees of freedom.
+
+        Pooled over the variants that share two or more seeds with full attention; None where there are none.
+        """
+        others = [variant for variant in self.variants if self.full and variant is not self.full]
+        pairs = [pair for pair in (variant.differences(self.full, measure) for variant in others) if len(pair) > 1]
+        freedom = sum(len(pair) - 1 for pair in pairs)
+        if not freedom:
+            return None
+        return (sum(statistics.variance(pair) * (len(pair) - 1) for pair in pairs) / freedom) ** 0.5, freedom
+
+    @property
+    def lengths(self) -> list[int]:
+        """Multiples of the context that every run was measured at, at its own window."""
+        return sorted(set.intersection(*(set(run.lengths) for run in self.runs)))
+
+    @property
+    def windows(self) -> list[int]:
+        """All trained windows."""
+        return sorted({variant.window for variant in self.variants if variant.window is not None})
 
     @property
     def windowed(self) -> list[str]:

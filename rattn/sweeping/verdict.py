@@ -1,8 +1,9 @@
 """The verdict in words: the smallest window that is as good as full attention."""
 
 import dataclasses
+from collections.abc import Callable
 
-from rattn.sweeping.summary import Group, Variant, loss, recall_beyond, recall_targets_beyond
+from rattn.sweeping.summary import Group, Run, Variant, loss, recall_beyond, recall_targets_beyond
 
 # Fewer recall tokens than this are named in the verdict, for their loss is a matter of chance.
 FEW_TARGETS = 2000
@@ -12,8 +13,8 @@ FEW_TARGETS = 2000
 class Comparison:
     """A variant against full attention, in nats a token; a recall of None: nothing lies beyond the window.
 
-    `loss_excess` and `recall_excess` are the variant's mean minus full attention's, the epsilons what counts as equal;
-    `recall_targets` recall tokens lie beyond the window.
+    `loss_excess` and `recall_excess` are the variant's figure minus full attention's (`Variant.excess`), the epsilons
+    what counts as equal; `recall_targets` recall tokens lie beyond the window.
     """
 
     variant: Variant
@@ -40,16 +41,16 @@ class Comparison:
 def compare(variant: Variant, full: Variant, epsilon: float | None) -> Comparison | None:
     """Compares a variant with full attention; None where no ε is given and full attention has a single seed."""
     recall = recall_beyond(variant.window or 0)
-    ours, theirs = variant.mean(recall), full.mean(recall)
-    epsilons = [_epsilon(full.spread(measure), epsilon) for measure in (loss, recall)]
+    epsilons = [epsilon_of(full, measure, epsilon) for measure in (loss, recall)]
     if epsilons[0] is None:
         return None
-    both = None not in (ours, theirs, epsilons[1])
+    recall_excess = variant.excess(full, recall)
+    both = None not in (recall_excess, epsilons[1])
     return Comparison(
         variant=variant,
-        loss_excess=variant.mean(loss) - full.mean(loss),
+        loss_excess=variant.excess(full, loss),
         loss_epsilon=epsilons[0],
-        recall_excess=ours - theirs if both else None,
+        recall_excess=recall_excess if both else None,
         recall_epsilon=epsilons[1] if both else None,
         recall_targets=recall_targets_beyond(variant.window or 0, variant.runs[0]),
     )
@@ -73,7 +74,7 @@ def verdict(group: Group, epsilon: float | None) -> list[str]:
     sentences = [_mixer_verdict(group, mixer, full, epsilon) for mixer in group.windowed]
     if not sentences:
         return ["No verdict: no point has a window; add points with mixer=rattention or mixer=swa."]
-    return [*sentences, _caution(full, epsilon)]
+    return [*sentences, _caution(group, full, epsilon)]
 
 
 def _mixer_verdict(group: Group, mixer: str, full: Variant, epsilon: float | None) -> str:
@@ -92,6 +93,8 @@ def _mixer_verdict(group: Group, mixer: str, full: Variant, epsilon: float | Non
         f"{mixer}: the smallest window whose loss, and whose recall beyond the window, are within ε of full "
         f"attention's is {smallest.variant.window} (of {tried}): {smallest}."
     )
+    if smallest.loss_excess < -smallest.loss_epsilon:
+        sentence += " Its loss is lower than full attention's by more than ε."
     if len(smallest.variant.runs) == 1:
         sentence += " It rests on a single seed."
     if later:
@@ -99,25 +102,33 @@ def _mixer_verdict(group: Group, mixer: str, full: Variant, epsilon: float | Non
             f" The curve is not monotone: {', '.join(str(c.variant.window) for c in later)} "
             f"{'is' if len(later) == 1 else 'are'} larger and not within ε, so the choice is not safe."
         )
-    elif smallest is compared[0]:
+    if smallest is compared[0]:
         sentence += " No smaller one was tried."
     return sentence
 
 
-def _caution(full: Variant, epsilon: float | None) -> str:
+def _caution(group: Group, full: Variant, epsilon: float | None) -> str:
     if epsilon is not None:
         return f"ε is {epsilon:g} nats a token, as given."
     seeds = len(full.runs)
-    return (
+    sentence = (
         f"ε is twice full attention's spread (sample standard deviation) over {seeds} seeds: "
         f"{_nats(2 * full.spread(loss))} nats a token for the loss, and for recall the same of each window's own "
         "figure." + (" Two or three seeds estimate a spread badly: read ε as a rough scale." if seeds < 4 else "")
     )
+    if pooled := group.paired_spread(loss):
+        sentence += (
+            f" From seed to seed the loss's difference from full attention at the same seed spreads by "
+            f"{_nats(pooled[0])} (pooled, {pooled[1]} degree{'s' if pooled[1] > 1 else ''} of freedom)."
+        )
+    return sentence
 
 
-def _epsilon(spread: float | None, epsilon: float | None) -> float | None:
+def epsilon_of(full: Variant, measure: Callable[[Run], float | None], epsilon: float | None) -> float | None:
+    """What counts as equal: `epsilon` if given, else twice full attention's spread; None with a single seed."""
     if epsilon is not None:
         return epsilon
+    spread = full.spread(measure)
     return None if spread is None else 2 * spread
 
 

@@ -6,7 +6,7 @@ import re
 
 from rattn.config import to_json
 from rattn.sweeping.report import csv_text, write_report
-from rattn.sweeping.summary import grouped, pareto_front, recall_beyond, repeated
+from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, repeated
 from rattn.sweeping.verdict import verdict
 from tests.rattn.sweeping.fake_point import made_up
 
@@ -90,6 +90,39 @@ def test_a_curve_that_is_not_monotone_is_said(sweep_of):
     assert "not monotone: 8 is larger and not within ε" in verdict(group, None)[0]
 
 
+def test_windows_are_compared_with_full_attention_at_equal_seeds(sweep_of):
+    """Seed 1 is worse by 0.1 whatever the mixer: no window may be charged or credited for the seeds it ran with."""
+    text = CURVE.replace("for window in (2, 4, 8):", "for window in (2, 4, 8)[seed:]:")
+    table = {("full", 32, seed): 2.0 + 0.1 * seed for seed in (0, 1)}
+    gaps = {(2, 0): 0.02, (4, 0): 0.01, (4, 1): 0.03, (8, 0): 0.0, (8, 1): 0.01}
+    table |= {("rattention", *key): 2.0 + 0.1 * key[1] + gap for key, gap in gaps.items()}
+    (group,) = grouped(results_of(sweep_of(text), losses(table)))
+    two, four, eight = group.curve("rattention")
+    assert [round(variant.excess(group.full, loss), 6) for variant in (two, four, eight)] == [0.02, 0.02, 0.005]
+    assert [round(gap, 6) for gap in four.differences(group.full, loss)] == [0.01, 0.03]
+    # Variances of (0.01, 0.03) and (0, 0.01), one degree of freedom each.
+    spread, freedom = group.paired_spread(loss)
+    assert (round(spread**2, 9), freedom) == ((0.0002 + 0.00005) / 2, 2)
+    assert "spreads by 0.0112 (pooled, 2 degrees of freedom)" in verdict(group, None)[-1]
+    assert "attention's is 8 (of 2, 4, 8): loss +0.0050" in verdict(group, 0.012)[0]
+
+
+def test_without_a_common_seed_means_are_compared(sweep_of):
+    sweep = sweep_of("def sweep(add):\n    add(mixer='full', window=32, seed=0)\n    add(window=4, seed=1)\n")
+    table = {("full", 32, 0): 2.0, ("rattention", 4, 1): 2.5}
+    (group,) = grouped(results_of(sweep, losses(table)))
+    (four,) = group.curve("rattention")
+    assert four.excess(group.full, loss) == 0.5
+    assert four.differences(group.full, loss) == [0.5]
+    assert group.paired_spread(loss) is None
+
+
+def test_a_loss_below_full_attentions_by_more_than_epsilon_is_said(sweep_of):
+    (group,) = grouped(results_of(sweep_of(CURVE), losses(TABLE | {("rattention", 2, seed): 1.9 for seed in (0, 1)})))
+    assert "Its loss is lower than full attention's by more than ε." in verdict(group, None)[0]
+    assert "No smaller one was tried." in verdict(group, None)[0]
+
+
 def test_two_results_of_one_seed_are_not_two_seeds(sweep_of):
     results = results_of(sweep_of(CURVE), losses(TABLE))
     again = json.loads(json.dumps(results[0])) | {"name": "again", "identity": "other", "finished_at": "y"}
@@ -117,13 +150,25 @@ def test_the_pareto_front_by_hand():
 def test_the_report_is_whole_and_needs_nothing_else(sweep_of, tmp_path):
     results = results_of(sweep_of(CURVE))
     failures = [{"name": "a<b", "stage": "train", "reason": "R&D failed."}]
-    page = write_report(results, failures, tmp_path, None)
+    for result in results[:2]:
+        run = tmp_path / "points" / result["name"]
+        run.mkdir(parents=True)
+        warmup_steps = result["evaluation"]["config"]["optimizer"]["warmup_steps"]
+        lines = ({"step": warmup_steps + step, "loss": 3.0 - 0.01 * step} for step in range(10, 101, 10))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9999, "lo')
+    page = write_report(results, failures, tmp_path, None, missing=["full-seed7"])
     text = page.read_text()
     # Nothing is fetched: the only addresses are names of XML vocabularies.
     assert set(re.findall(r'https?://[^"\s]+', text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "<script" not in text
     assert "<b>a&lt;b</b> (train): R&amp;D failed." in text
-    assert text.count("<svg") == len(list(page.parent.glob("*.png"))) == 8
+    drawn = {path.stem for path in page.parent.glob("*.png")}
+    assert text.count("<svg") == len(drawn) == 11
+    assert drawn >= {"against_window", "training_loss", "recall_accuracy", "long_by_context", "by_length"}
+    assert "Not complete. Points without a result: full-seed7." in text
+    table = [line for line in (page.parent / "tables.md").read_text().splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| full", *(f"| rattention {W}" for W in (2, 4, 8))]
+    assert len({line.count("|") for line in table}) == 1
     assert "the smallest window whose loss" in text
     assert text.count('role="img"') == text.count("<svg")
     with (page.parent / "results.csv").open() as file:
