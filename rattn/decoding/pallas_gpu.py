@@ -1,14 +1,17 @@
 """One token of a sequence against its keys, as one Triton kernel: all that stands between two of its products.
 
-A program reads a part of the keys (and of the state) of one key/value head of one sequence, every key once, and what
-the parts found is added up outside:
+A program reads a part of the keys of one key/value head of one sequence, every key once, and what the parts found is
+added up outside:
 
-    o = Σ e^(m_n − m) o_n / Σ e^(m_n − m) l_n        softmax branch, m_n and l_n: largest score and sum of a part
-    o = Σ o_n                                        linear branch
+    o = Σ e^(m_n − m) o_n / Σ e^(m_n − m) l_n        m_n and l_n: largest score and sum of a part
 
-Its queries, its key and its value come as they were projected. Part 0 begins with the new key and writes it to its
-slot, which nobody reads. Tiles are read from the oldest to the newest, those without a visible key not at all, so that
-the cost of a full layer follows the tokens in it and not its capacity.
+Where there is a state, one more program reads it, and the keys that wait for the fold. Queries, key and value come as
+they were projected. Part 0 begins with the new key and writes it to its slot, which nobody reads. Tiles are read from
+the oldest to the newest, those without a visible key not at all, so that the cost of a full layer follows the tokens in
+it and not its capacity.
+
+Keys, dims of values and dims of the state are the long side of every matrix product and a group's queries the short
+one, for tensor cores multiply at least 16 by 8 and a group has few queries: [keys, Q] and [H, Q] come out.
 
 A rattention layer's keys are kept as projected; the kernel norms and rotates a tile of them on the way to the scores,
 which XLA would do into an array of its own. A key is rotated by its place in its tile alone, by angles that are read
@@ -23,12 +26,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Rows of the smallest matrix product.
-ROWS = 16
-# Slots, and keys that wait for the fold, that a program reads at a time; its pipeline stages.
-TILE, WAITING_TILE, STAGES = 32, 16, 3
-# A state's rows are read in as many pieces as φ(q) has: two signs by two halves.
-PIECES = 4
+# Queries of the smallest matrix product, and of the largest group.
+LEAST_QUERIES, MOST_QUERIES = 8, 16
+# Slots that a program reads at a time, its warps and its pipeline stages; keys that wait for the fold, rows of a state.
+TILE, WARPS, STAGES = 64, 4, 3
+WAITING_TILE, STATE_TILE = 16, 32
 # Programs that fill a GPU, and the fewest slots that are worth one.
 PROGRAMS, MIN_SLOTS = 512, 128
 LEAST = -1e30
@@ -56,7 +58,7 @@ class Plan:
 def fits(dtype: jnp.dtype, head_dim: int, group: int, feature_map: str) -> bool:
     """Returns whether the kernel takes such heads."""
     power_of_two = head_dim >= 32 and not head_dim & (head_dim - 1)
-    return dtype == jnp.bfloat16 and power_of_two and group <= ROWS and feature_map == "softmax"
+    return dtype == jnp.bfloat16 and power_of_two and group <= MOST_QUERIES and feature_map == "softmax"
 
 
 def attend(
@@ -92,11 +94,8 @@ def attend(
     B, K, A, H = qkv_BKAH.shape
     G, S, dtype = A - 2, k_BKSH.shape[2], v_BKSH.dtype
     linear = state_BKPH is not None
-    parts = 1
-    while 2 * parts * B * K <= 2 * PROGRAMS and 2 * parts * MIN_SLOTS <= S:
-        parts *= 2
-    if linear:
-        parts = min(parts, PIECES)
+    # One round of programs, as many as the GPU holds at a time, or as many as it takes.
+    parts = max(1, min(PROGRAMS // (B * K) - linear, S // MIN_SLOTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
     given = {"k": k_BKSH, "v": v_BKSH, "counts": counts_B3, "qkv": qkv_BKAH}
@@ -107,16 +106,16 @@ def attend(
     if linear:
         given["state"] = state_BKPH
     wanted = {"kept k": k_BKSH, "kept v": v_BKSH}
-    sums = {"o": (B, K, parts, G, H), "most": (B, K, parts, G), "sum": (B, K, parts, G)}
+    wanted |= {"o": jax.ShapeDtypeStruct((B, K, parts, G, H), jnp.float32)}
+    wanted |= {name: jax.ShapeDtypeStruct((B, K, parts, G), jnp.float32) for name in ("most", "sum")}
     if linear:
-        sums["linear"] = (B, K, parts, G, H)
-    wanted |= {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sums.items()}
+        wanted["linear"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
     out = pl.pallas_call(
         functools.partial(_kernel, plan, (*given, *wanted), parts),
-        grid=(parts, B * K),
+        grid=(parts + linear, B * K),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted.values()],
         input_output_aliases={0: 0, 1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=max(4, H // 32), num_stages=STAGES),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS * max(1, H // 128), num_stages=STAGES),
         interpret=plan.interpret,
         name="decode_attention",
     )(*given.values())
@@ -124,20 +123,26 @@ def attend(
     weight = jnp.exp(found["most"] - found["most"].max(axis=2, keepdims=True))
     total = (weight * found["sum"]).sum(axis=2)[..., None]
     softmax = ((weight[..., None] * found["o"]).sum(axis=2) / total).astype(dtype)
-    return softmax, found["linear"].sum(axis=2).astype(dtype) if linear else None, found["kept k"], found["kept v"]
+    return softmax, found.get("linear"), found["kept k"], found["kept v"]
 
 
 def _kernel(plan, names, parts, *refs):
     refs = dict(zip(names, refs, strict=True))
     here = _Program(plan, refs, parts)
-    new_k, new_v = here.new_key_and_value()
-    here.keep(new_k, new_v)
-    o, most, total = here.softmax_branch(new_k, new_v)
-    here.store("o", o)
-    here.store("most", most)
-    here.store("sum", total)
-    if "state" in refs:
+
+    def read_keys():
+        new_k, new_v = here.new_key_and_value()
+        here.keep(new_k, new_v)
+        for name, found in zip(("o", "most", "sum"), here.softmax_branch(new_k, new_v), strict=True):
+            here.store(name, found, here.part)
+
+    def read_state():
         here.store("linear", here.linear_branch())
+
+    if "state" in refs:
+        jax.lax.cond(here.part < parts, read_keys, read_state)
+    else:
+        read_keys()
 
 
 class _Program:
@@ -150,14 +155,15 @@ class _Program:
         self.plan, self.refs, self.parts = plan, refs, parts
         _, heads, self.slots, self.H = refs["k"].shape
         self.G, self.half = refs["qkv"].shape[2] - 2, self.H // 2
+        self.Q = LEAST_QUERIES if self.G <= LEAST_QUERIES else MOST_QUERIES
         self.part, row = pl.program_id(0), pl.program_id(1)
         self.batch, self.head = row // heads, row % heads
         self.newest, self.known, self.unfolded = (refs["counts"][self.batch, i] for i in range(3))
         self.kept_as_projected, self.dtype = "state" in refs, refs["v"].dtype
 
     def queries(self):
-        """Returns the group's queries as projected, [ROWS, H/2] twice; zero past the group."""
-        rows = jnp.arange(ROWS)
+        """Returns the group's queries as projected, [Q, H/2] twice; zero past the group."""
+        rows = jnp.arange(self.Q)
         return self._halves("qkv", rows, rows < self.G)
 
     def new_key_and_value(self):
@@ -177,7 +183,7 @@ class _Program:
             plgpu.store(self.refs[name].at[self.batch, self.head, *index], x, mask=mask)
 
     def softmax_branch(self, new_k, new_v):
-        """Returns Σ e^(s − m) v, m and Σ e^(s − m) over the part's visible keys, float32, a row a query."""
+        """Returns Σ e^(s − m) v [H, Q], m [Q] and Σ e^(s − m) [Q] over the part's visible keys, float32."""
         tiles = -(-self.slots // TILE)
         newest_tile = self.newest // TILE
 
@@ -204,51 +210,55 @@ class _Program:
             slots, ages = tile * TILE + jnp.arange(TILE), age - jnp.arange(TILE)
             visible = (slots < self.slots) & (ages > 0) & (ages < reach)
             scores, q = keys.scores(q, self._halves("k", slots, slots < self.slots), tile)
-            scores = jnp.where(visible[None], scores * self.H**-0.5, LEAST)
-            now = jnp.maximum(most, jnp.max(scores, axis=1))
-            weights = jnp.where(visible[None], jnp.exp(scores - now[:, None]), 0.0)
+            scores = jnp.where(visible[:, None], scores * self.H**-0.5, LEAST)
+            now = jnp.maximum(most, jnp.max(scores, axis=0))
+            weights = jnp.where(visible[:, None], jnp.exp(scores - now[None]), 0.0)
             shrink = jnp.exp(most - now)
             v = self._rows("v", slots, slots < self.slots, 0, self.H)
-            o = o * shrink[:, None] + self.dot(weights.astype(self.dtype), v, 0)
-            return o, now, total * shrink + jnp.sum(weights, axis=1), q
+            o = o * shrink[None] + self.dot(v, weights.astype(self.dtype), 0, 0)
+            return o, now, total * shrink + jnp.sum(weights, axis=0), q
 
         score = keys.score_of_new(new_k) * self.H**-0.5
         begins = self.part == 0  # with the new key, whose weight is then 1
-        o = jnp.broadcast_to(jnp.where(begins, new_v.astype(jnp.float32), 0.0), (ROWS, self.H))
+        o = jnp.broadcast_to(jnp.where(begins, new_v.astype(jnp.float32), 0.0).T, (self.H, self.Q))
         start = o, jnp.where(begins, score, LEAST), jnp.where(begins, jnp.ones_like(score), 0.0)
         return jax.lax.fori_loop(first, last, read, (*start, keys.queries(place(first)[1])))[:3]
 
     def linear_branch(self):
-        """Returns φ(q) · the part's rows of the state, and of the keys that wait for the fold."""
-        phi_q = self._features(self.queries(), "q scale")
-        o = jnp.zeros((ROWS, self.H), jnp.float32)
-        for i in range(PIECES // self.parts):
-            piece = self.part * (PIECES // self.parts) + i
-            phi = sum(jnp.where(piece == n, x, jnp.zeros_like(x)) for n, x in enumerate(phi_q))
-            state = self.refs["state"][self.batch, self.head, pl.ds(piece * self.half, self.half), :]
-            o += self.dot(phi, state.astype(self.dtype), 0)
+        """Returns φ(q) · the state and the keys that wait for the fold, [H, Q]."""
+        q = self.queries()
+        if self.plan.normed_features:
+            q = self.normed(q, "q scale")
+        phi_q = self._features(q)
+
+        def state_tile(i, o):
+            state = self.refs["state"][self.batch, self.head, pl.ds(i * STATE_TILE, STATE_TILE), :]
+            return o + self.dot(state.astype(self.dtype), self._feature_tile(q, i), 0, 1)
 
         def waiting_tile(i, o):
-            waiting = (self.part + i * self.parts) * WAITING_TILE + jnp.arange(WAITING_TILE)
+            waiting = i * WAITING_TILE + jnp.arange(WAITING_TILE)
             ages = self.plan.window + waiting
             valid = (waiting < self.unfolded) & (ages < self.known)
             slots = (self.newest - ages) % self.slots
             slots = jnp.where(slots < 0, slots + self.slots, slots)
-            phi_k = self._features(self._halves("k", slots, valid), "k scale")
-            scores = sum(self.dot(a, b, 1) for a, b in zip(phi_q, phi_k, strict=True))
-            scores = jnp.where(valid[None], scores, 0.0).astype(self.dtype)
-            return o + self.dot(scores, self._rows("v", slots, valid, 0, self.H), 0)
+            k = self._halves("k", slots, valid)
+            phi_k = self._features(self.normed(k, "k scale") if self.plan.normed_features else k)
+            scores = sum(self.dot(a, b, 1, 1) for a, b in zip(phi_k, phi_q, strict=True))
+            scores = jnp.where(valid[:, None], scores, 0.0).astype(self.dtype)
+            return o + self.dot(self._rows("v", slots, valid, 0, self.H), scores, 0, 0)
 
-        in_a_turn = WAITING_TILE * self.parts
-        return jax.lax.fori_loop(0, (self.unfolded + in_a_turn - 1) // in_a_turn, waiting_tile, o)
+        o = jnp.zeros((self.H, self.Q), jnp.float32)
+        o = jax.lax.fori_loop(0, 2 * self.H // STATE_TILE, state_tile, o)
+        return jax.lax.fori_loop(0, (self.unfolded + WAITING_TILE - 1) // WAITING_TILE, waiting_tile, o)
 
-    def store(self, name, value):
-        """Writes what the part found for the group's queries: [ROWS] or [ROWS, H]."""
-        rows = jnp.arange(ROWS)
+    def store(self, name, value, *part):
+        """Writes what was found for the group's queries: [Q] or [H, Q]."""
+        rows = jnp.arange(self.Q)
         index, mask = self._window(rows, rows < self.G, self.G, 0, self.H)
         if value.ndim == 1:
             index, mask = (jnp.where(rows < self.G, rows, self.G),), rows < self.G
-        plgpu.store(self.refs[name].at[self.batch, self.head, self.part, *index], value, mask=mask)
+        ref = self.refs[name]
+        plgpu.store(ref.at[self.batch, self.head, *part, *index], value.T.astype(ref.dtype), mask=mask)
 
     def _window(self, rows, valid, past, first, count):
         """Returns the indices of [rows, count] columns and their mask.
@@ -308,27 +318,48 @@ class _Program:
     def normed(self, x, scale):
         if self.plan.epsilon is None:
             return x
-        x = [half.astype(jnp.float32) for half in x]
-        square = sum(jnp.sum(half * half, axis=1) for half in x) / self.H
-        inverse = jax.lax.rsqrt(square + self.plan.epsilon)[:, None]
-        return [(half * inverse * by).astype(self.dtype) for half, by in zip(x, self.scales(scale), strict=True)]
+        inverse = self._inverse_rms(x)
+        return [self._scaled(half, inverse, by) for half, by in zip(x, self.scales(scale), strict=True)]
 
-    def _features(self, x, scale):
+    def _inverse_rms(self, x):
+        square = sum(jnp.sum(jnp.square(half.astype(jnp.float32)), axis=1) for half in x) / self.H
+        return jax.lax.rsqrt(square + self.plan.epsilon)[:, None]
+
+    def _scaled(self, x, inverse, scale):
+        return (x.astype(jnp.float32) * inverse * scale).astype(self.dtype)
+
+    def _powers(self, x, sign):
+        """Returns e^(±x − m) of both halves, m [rows, 1] and the inverse of their sum."""
+        halves = [sign * half.astype(jnp.float32) for half in x]
+        most = jnp.maximum(*(jnp.max(half, axis=1) for half in halves))[:, None]
+        powers = [jnp.exp(half - most) for half in halves]
+        return powers, most, 1.0 / sum(jnp.sum(half, axis=1) for half in powers)[:, None]
+
+    def _features(self, x):
         """Returns the pieces of φ(x): softmax(x) and softmax(−x), each in its halves."""
-        x = self.normed(x, scale) if self.plan.normed_features else x
         pieces = []
         for sign in (1.0, -1.0):
-            halves = [sign * half.astype(jnp.float32) for half in x]
-            most = jnp.maximum(*(jnp.max(half, axis=1) for half in halves))[:, None]
-            powers = [jnp.exp(half - most) for half in halves]
-            total = sum(jnp.sum(half, axis=1) for half in powers)[:, None]
-            pieces += [(half / total).astype(self.dtype) for half in powers]
+            powers, _, inverse = self._powers(x, sign)
+            pieces += [(half * inverse).astype(self.dtype) for half in powers]
         return pieces
 
-    def dot(self, a, b, b_dim):
+    def _feature_tile(self, q, i):
+        """Returns φ(q)'s dims of tile i, [Q, STATE_TILE], read again, for registers have no number."""
+        turned = i >= self.H // STATE_TILE
+        first, rows = jnp.where(turned, i * STATE_TILE - self.H, i * STATE_TILE), jnp.arange(self.Q)
+        x = self._rows("qkv", rows, rows < self.G, first, STATE_TILE)
+        if self.plan.normed_features and self.plan.epsilon is not None:
+            x = self._scaled(x, self._inverse_rms(self.queries()), self.refs["q scale"][pl.ds(first, STATE_TILE)][None])
+        x = x.astype(jnp.float32)
+        (_, most, inverse), (_, other_most, other_inverse) = (self._powers(q, sign) for sign in (1.0, -1.0))
+        x, most = jnp.where(turned, -x, x), jnp.where(turned, other_most, most)
+        return (jnp.exp(x - most) * jnp.where(turned, other_inverse, inverse)).astype(self.dtype)
+
+    def dot(self, a, b, a_dim, b_dim):
+        """Sums over these dims, in float32."""
         if self.plan.interpret:  # the CPU multiplies no bfloat16; the products are the same
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jax.lax.dot_general(a, b, (((1,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 class _PositionedKeys:
@@ -339,7 +370,7 @@ class _PositionedKeys:
         self.program, self.q = program, tuple(q)
 
     def score_of_new(self, new_k):
-        """Returns the products of the queries [ROWS] with the new key."""
+        """Returns the products of the queries with the new key, [Q]."""
         products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(self.q, new_k, strict=True))
         return sum(jnp.sum(x, axis=1) for x in products)
 
@@ -348,8 +379,8 @@ class _PositionedKeys:
         return self.q
 
     def scores(self, q, k, _):
-        """Returns the products [ROWS, TILE] of queries and a tile's keys, and the queries for the next tile."""
-        return sum(self.program.dot(a, b, 1) for a, b in zip(q, k, strict=True)), q
+        """Returns the products [TILE, Q] of a tile's keys and the queries, and the queries for the next tile."""
+        return sum(self.program.dot(a, b, 1, 1) for a, b in zip(k, q, strict=True)), q
 
 
 class _ProjectedKeys(_PositionedKeys):
@@ -397,13 +428,14 @@ class _ProjectedKeys(_PositionedKeys):
         return products * inverse, _rotated(q, (-sin, cos))
 
     def _inverse_norms(self, k):
-        """Returns 1 / √(mean of squares + ε) of a tile's keys, in every row of [ROWS, TILE].
+        """Returns 1 / √(mean of squares + ε) of a tile's keys, in every column of [TILE, Q].
 
         Squares are rounded to bfloat16, which their sum does not notice, and added up by a matrix product, whose result
         lies as the scores do.
         """
         (a, b), program = k, self.program
-        squares = program.dot(jnp.ones((ROWS, program.half), program.dtype), program.products(a, a, b, b), 1)
+        ones = jnp.ones((program.Q, program.half), program.dtype)
+        squares = program.dot(program.products(a, a, b, b), ones, 1, 1)
         return jax.lax.rsqrt(squares / program.H + program.plan.epsilon)
 
 
