@@ -4,8 +4,8 @@
 
 The schedule is warm-up, constant, linear decay over the last fifth. A 50 M-token point keeps the checkpoint at which
 its decay begins, and the 200 M-token point of the same model goes on from there: one trunk, two budgets. Points stand
-in the order of their priority, in three tiers that each bring one lease's worth of answers, both budgets of it. How it
-is run on leased GPUs, and what was found: docs/window_study.md.
+in the order of their priority, in tiers that each bring an answer, both budgets of it. How it is run on leased GPUs,
+and what was found: docs/window_study.md.
 """
 
 from rattn.sweeping.points import product
@@ -24,11 +24,18 @@ TIERS = (
     ),
     # The rest of the curve.
     tuple(product(mixer=["rattention"], window=[32, 128, 512, 1024], seed=[0])),
-    # More seeds of what the verdict rests on: full attention and the windows around the smallest one that equals it.
+    # Second seeds of the smallest windows that equalled full attention, and a third of full attention, the scale.
     (
-        *product(mixer=["rattention"], window=[128, 256, 512, 1024], seed=[1]),
+        {"mixer": "full", "seed": 2},
+        {"mixer": "swa", "window": 64, "seed": 1},
+        {"mixer": "rattention", "window": 32, "seed": 1},
+    ),
+    # Below the smallest: where does it end?
+    tuple(product(mixer=["rattention", "swa"], window=[8], seed=[0])),
+    # Second seeds of the rest.
+    (
         *product(mixer=["swa"], window=[256, 1024], seed=[1]),
-        *product(mixer=["full"], seed=[2]),
+        *product(mixer=["rattention"], window=[64, 128, 256, 512, 1024], seed=[1]),
     ),
 )
 

@@ -84,7 +84,7 @@ def test_a_bad_point_gets_a_sentence(sweep_of, body, words):
 
 @pytest.mark.parametrize(
     ("sweep", "recipe", "count"),
-    [("window", "small", 38), ("recall", "recall", 36), ("tiny_window", "tiny", 5), ("tiny_recall", "recall", 6)],
+    [("window", "small", 48), ("recall", "recall", 36), ("tiny_window", "tiny", 5), ("tiny_recall", "recall", 6)],
 )
 def test_the_sweeps_that_are_here_resolve(sweep, recipe, count):
     path = f"configs/{recipe}.py"
@@ -94,7 +94,7 @@ def test_the_sweeps_that_are_here_resolve(sweep, recipe, count):
         assert [point.name for point in points[:3]] == ["50M-full-seed0", "50M-full-seed1", "50M-rattention-64-seed0"]
         branches = [point for point in points if point.trunk]
         assert {trained_tokens(point) + point.first_step * 2**16 for point in branches} == {3052 * 2**16}
-        assert len(branches) == 19
+        assert len(branches) == 24
         for branch in branches:
             (trunk,) = (point for point in points if point.name == branch.trunk)
             assert trunk.config.checkpoint.keep_steps == (branch.config.init_from_step,)
