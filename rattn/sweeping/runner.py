@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -110,8 +111,7 @@ class Runner:
         if point.trunk:
             train.append(f"--config.init_from={self.results.point_folder(point.trunk)}")
         if self.options.train_alone:
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-            train.append(f"--turn_file={self.results.workdir / f'training-{gpus}.lock'}")
+            train.append(f"--turn_file={self.results.workdir / f'training-{_gpus()}.lock'}")
         evaluate = ["python", "-m", "rattn.evaluate", "--checkpoint", folder, *self.sweep.evaluation]
         evaluate += ["--out", f"{folder}/evaluation.json"]
         return {"train": train, "evaluate": evaluate}
@@ -124,10 +124,11 @@ class Runner:
             if result := self.results.of(point):  # Of another process, which has just let go of the lock.
                 return result
             if not self._evaluated(point):
-                if point.trunk:
-                    self._ensure_trunk(point)
-                first_step = latest_step(self.results.point_folder(point.name)) or point.first_step
-                seconds["train"] = self._train(point, lock)
+                with self._queued(point):
+                    if point.trunk:
+                        self._ensure_trunk(point)
+                    first_step = latest_step(self.results.point_folder(point.name)) or point.first_step
+                    seconds["train"] = self._train(point, lock)
                 seconds["evaluate"] = self._run(point, "evaluate", lock)
                 if not self._evaluated(point):
                     log = str(self.results.point_folder(point.name) / "evaluate.log")
@@ -276,19 +277,50 @@ class Runner:
         if not timed:
             return None
         alike = [result for result in timed if result["settings"].get("mixer") == point.settings.get("mixer")] or timed
+        step_seconds = max(result["evaluation"]["training"]["step_seconds"] for result in alike)
 
-        def fixed(result: Result) -> float:
+        def start(result: Result) -> float:
             training = result["trained_steps"] * result["evaluation"]["training"]["step_seconds"]
-            return max(result["seconds"]["train"] - training, 0) + (result["seconds"]["evaluate"] or 0)
+            return max(result["seconds"]["train"] - training, 0)
 
-        step = max(result["evaluation"]["training"]["step_seconds"] for result in alike)
-        done = latest_step(self.results.point_folder(point.name)) or point.first_step
-        # Where points wait for each other, the least that one took beside its steps is what it takes alone.
-        beside = (min if self.options.train_alone else max)(fixed(result) for result in timed)
-        total = beside + step * (point.config.total_steps - done)
+        evaluations = [result["seconds"]["evaluate"] or 0 for result in timed]
+        training = step_seconds * self._steps_left(point)
+        if not self.options.train_alone:
+            return max(map(start, timed)) + training + max(evaluations)
+        # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
+        # while those before it train.
+        ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
+        return max(min(map(start, timed)), ahead) + training + statistics.median(evaluations)
+
+    def _steps_left(self, point: Point, *, running: bool = False) -> int:
+        """Steps that a point has yet to train, its trunk's too where that is not on this machine."""
+        folder = self.results.point_folder(point.name)
+        done = latest_step(folder) or point.first_step
+        if running:
+            done = max(done, last_metrics(folder).get("step", 0))
+        left = point.config.total_steps - done
         if point.trunk and not checkpoint_steps(self.results.point_folder(point.trunk)):
-            total += step * self._points[point.trunk].config.total_steps
-        return total
+            left += self._steps_left(self._points[point.trunk], running=running)
+        return left
+
+    @contextlib.contextmanager
+    def _queued(self, point: Point) -> Iterator[None]:
+        """Tells the other sweeps on these GPUs of a point that trains or waits to."""
+        path = self.results.workdir / f"queue-{_gpus()}.{os.getpid()}"
+        path.write_text(point.name)
+        try:
+            yield
+        finally:
+            path.unlink()
+
+    def _others_queued(self) -> list[Point]:
+        """Points that train, or wait to, in other sweeps on these GPUs."""
+        names = []
+        for path in self.results.workdir.glob(f"queue-{_gpus()}.*"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(int(path.name.rpartition(".")[2]), 0)  # Raises where a killed sweep left the file.
+                names.append(path.read_text())
+        return [self._points[name] for name in names if name in self._points]
 
     def _delete_checkpoints(self) -> None:
         """Deletes the checkpoints of finished points that no unfinished point starts from."""
@@ -296,6 +328,10 @@ class Runner:
         needed = {point.trunk for point in unfinished} | {point.name for point in unfinished}
         for name in self._points.keys() - needed:
             self.results.delete_checkpoints(name)
+
+
+def _gpus() -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
 
 def fill_launcher(template: str, command: list[str], **values: str) -> str:

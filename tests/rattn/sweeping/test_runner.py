@@ -123,6 +123,35 @@ def test_a_budget_starts_nothing_that_would_not_fit(sweep_of, run, monkeypatch):
     assert (status, len(calls)) == (0, 4)
 
 
+def test_a_budget_counts_the_trainings_that_have_their_turn_first(sweep_of, run, monkeypatch):
+    """One timed point: 10 s a step, 5 s to start, 5 s to evaluate; in another sweep 20 of 100 steps are done."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    sweep = sweep_of(THREE)
+    _, results, _ = run(sweep, chosen=list(sweep.points[:1]))
+    path = next((results.workdir / "results").glob("*.json"))
+    result = json.loads(path.read_text())
+    result["evaluation"]["training"]["step_seconds"] = 10
+    result["seconds"] = {"train": 1005.0, "evaluate": 5.0}
+    path.write_text(json.dumps(result))
+    last, other = sweep.points[2], sweep.points[1]
+    folder = results.point_folder(other.name)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 20, "loss": 1.0}\n')
+    options = {"train_alone": True, "chosen": [last]}
+    # A process that lives stands for the other sweep, whose 800 s come first.
+    queue = results.workdir / f"queue-3.{os.getppid()}"
+    queue.write_text(other.name)
+    assert run(sweep, budget_seconds=1800, **options)[::2] == (75, [])
+    queue.rename(results.workdir / f"queue-4.{os.getppid()}")
+    assert run(sweep, budget_seconds=1008, **options)[::2] == (75, [])
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (results.workdir / f"queue-3.{dead.pid}").write_text(other.name)
+    status, results, calls = run(sweep, budget_seconds=1015, **options)
+    assert (status, len(calls)) == (0, 2)
+    assert not list(results.workdir.glob(f"queue-3.{os.getpid()}"))
+
+
 @pytest.mark.parametrize("cause", ["budget", "signal"])
 def test_what_is_told_to_stop_saves_and_the_next_start_goes_on(sweep_of, run, tmp_path, cause):
     sweep = sweep_of(THREE)
