@@ -28,7 +28,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 Curves = Mapping[str, Mapping[int, float]]
 # (x, y) of each line, by the variant's label.
 Lines = dict[str, list[tuple[list[float], list[float]]]]
-PIECES = 60
+PIECES = 40
 RECALL_DISTANCE = "distance to the nearest occurrence (tokens)"
 
 
@@ -73,7 +73,7 @@ def _training_loss(group: Group, panels: list[Axes], curves: Curves) -> tuple[st
     if not lines:
         return None
     _draw(group, panels, lines, "tokens (M)", _less_full("training loss", full))
-    return "Training loss", "Means over a sixtieth of the steps after the warm-up, a line a seed" + (
+    return "Training loss", "Means over a fortieth of the steps after the warm-up, a line a seed" + (
         "; full attention's of the same seed, which had the same batches, is the zero line." if full else "."
     )
 

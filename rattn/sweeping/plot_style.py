@@ -157,7 +157,7 @@ def legend(figure: Figure, columns: int) -> None:
 def saved(name: str, title: str, caption: str, figure: Figure, *, wide: bool) -> Plot:
     """Renders a figure in both forms."""
     png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=110, facecolor="white")
+    figure.savefig(png, format="png", dpi=100, facecolor="white")
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Plot(name, title, caption, _page_svg(svg.getvalue(), f"{title}. {caption}"), png.getvalue(), wide)
 

@@ -145,6 +145,8 @@ def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float]) 
     axes.margins(0.12)
     keep_the_rest_in_view(axes, {variant.label: [_height(group, variant)] for variant in group.variants})
     legend(axes.figure, 4)
+    if len(points) == 1:
+        return ""
     if len(front) == 1:
         return f"No line, for {group.variants[front[0]].label} has both the smallest cost and the lowest loss."
     return "The line is the Pareto front: no point has both a smaller cost and a lower loss than one on it."

@@ -1,0 +1,77 @@
+"""The figures of docs/window_study.md that the sweep's report does not print.
+
+    python -m scripts.window_numbers runs/window
+
+Needs each run's metrics.jsonl under runs/window/points. A line for every run, beside full attention of the same seed:
+
+- recall, rest: loss on recall tokens and on all others; below, the correlation of loss and recall loss over the runs;
+- inside, beyond: accuracy on recall tokens in the last bin of distances within the window and in the first beyond it,
+  full attention's in the same bins in brackets;
+- trained: the training loss of the last fifth of the steps less full attention's on the same batches;
+- step: the first at which the training loss has been 0.7 nats below linear's on the same batches, over 50 steps.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Mapping
+from statistics import correlation, fmean
+
+from rattn.sweeping.results import Results, training_losses
+from rattn.sweeping.summary import Group, Run, grouped, loss, recall_loss
+
+BELOW_LINEAR = 0.7
+LINES = 5  # Of metrics.jsonl, ten steps each.
+
+
+def main() -> None:
+    """Prints a table for each group."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=pathlib.Path)
+    results = Results(parser.parse_args().workdir)
+    for group in grouped(results.all()):
+        curves = {run.identity: training_losses(results.point_folder(run.result["name"])) for run in group.runs}
+        print(f"{group.name}\n{'':26}recall    rest  inside         beyond         trained  step")
+        for run in group.runs:
+            print(_line(group, run, curves))
+        learned = [run for run in group.runs if run.mixer != "linear"]
+        both = correlation([loss(run) for run in learned], [recall_loss(run) for run in learned])
+        print(f"loss and recall loss of all but linear: correlation {both:.3f}\n")
+
+
+def _line(group: Group, run: Run, curves: Mapping[str, Mapping[int, float]]) -> str:
+    own, recall = run.own, run.own["recall"]
+    rest = own["targets"] - recall["targets"]
+    rest_loss = (own["nats_per_token"] * own["targets"] - recall["nats_per_token"] * recall["targets"]) / rest
+    parts = [f"{run.result['name']:26}{recall['nats_per_token']:.3f}  {rest_loss:.4f}"]
+    full, linear = (_same_seed(group, mixer, run) for mixer in ("full", "linear"))
+    edges = (run.window, run.window + 1) if full and run.window else ()
+    parts += [f"{_accuracy(run, edge):.2f} ({_accuracy(full, edge):.2f})  " for edge in edges] or [" " * 13] * 2
+    last = run.evaluation["step"] * 4 // 5
+    gaps = _gaps(curves, run, full)
+    parts.append(f"{fmean(gap for step, gap in gaps.items() if step > last):+.4f}" if gaps else " " * 7)
+    below = list(_gaps(curves, run, linear).items())
+    firsts = (below[i][0] for i in range(LINES - 1, len(below)) if _mean(below[i - LINES + 1 : i + 1]) < -BELOW_LINEAR)
+    parts.append(str(next(firsts, "")))
+    return "  ".join(parts)
+
+
+def _same_seed(group: Group, mixer: str, run: Run) -> Run | None:
+    return next((other for other in group.runs if other.mixer == mixer and other.seed == run.seed), None)
+
+
+def _accuracy(run: Run, distance: int) -> float:
+    return next(bin["accuracy"] for bin in run.own["recall_by_distance"] if bin["first"] <= distance <= bin["last"])
+
+
+def _gaps(curves: Mapping[str, Mapping[int, float]], run: Run, other: Run | None) -> dict[int, float]:
+    """Training loss less the other run's by step, where both were logged."""
+    ours, theirs = curves[run.identity], curves[other.identity] if other else {}
+    return {step: ours[step] - theirs[step] for step in sorted(ours.keys() & theirs.keys())}
+
+
+def _mean(pairs: list[tuple[int, float]]) -> float:
+    return fmean(gap for _, gap in pairs)
+
+
+if __name__ == "__main__":
+    main()
