@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from rattn import accounting, platform
 from rattn.config import load_config, set_mixer, validate
 from rattn.decoding import cache as caches
-from rattn.decoding.decoder import ATTENTIONS, Decoder
+from rattn.decoding.decoder import ATTENTIONS, PRODUCTS, Decoder
 from rattn.decoding.sampling import Sampling
 from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
@@ -58,9 +58,11 @@ class Point:
     batch: int
     fold: int
     attention: str
+    products: str
 
     def __str__(self):
-        return f"{self.model}, context {self.context}, batch {self.batch}, C = {self.fold}, {self.attention}"
+        how = f"attention {self.attention}, products {self.products}"
+        return f"{self.model}, context {self.context}, batch {self.batch}, C = {self.fold}, {how}"
 
 
 class Model:
@@ -76,12 +78,20 @@ class Model:
         self.spec = model_spec(self.model)
         self.state_dtype = state_dtype
         self.decoder = functools.cache(self._decoder)
-        self.weight_shapes = jax.eval_shape(self.decoder(1, "xla").weights, self.spec.shapes)
+        self.weight_shapes = functools.cache(self._weight_shapes)
 
-    def _decoder(self, fold, attention):
+    def _decoder(self, fold, attention, products):
         return Decoder(
-            self.model, on_devices(1, 1), fold_tokens=fold, state_dtype=self.state_dtype, attention=attention
+            self.model,
+            on_devices(1, 1),
+            fold_tokens=fold,
+            state_dtype=self.state_dtype,
+            attention=attention,
+            products=products,
         )
+
+    def _weight_shapes(self, products):
+        return jax.eval_shape(self.decoder(1, "xla", products).weights, self.spec.shapes)
 
     def cache_bytes(self, point):
         """Bytes of a sequence's cache."""
@@ -110,13 +120,15 @@ class Model:
 
     def compiled(self, point, options=None):
         """Compiles C sampled steps and the fold, with options of XLA's."""
-        decoder = self.decoder(point.fold, point.attention)
+        decoder = self.decoder(point.fold, point.attention, point.products)
         layout = decoder.layout(point.batch, point.context)
         tokens = jax.ShapeDtypeStruct((point.batch,), jnp.int32)
         run = decoder.compiled("sample", layout, GREEDY)
         shapes = caches.cache_shapes(decoder.layers, layout)
         keys = jax.eval_shape(lambda: keys_of(point))
-        lowered = run.lower(self.weight_shapes, shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32))
+        lowered = run.lower(
+            self.weight_shapes(point.products), shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32)
+        )
         return lowered.compile(compiler_options=options)
 
 
@@ -137,7 +149,10 @@ def main():
     found, measured = result["points"], ", ".join(f"{n} {x / 1e12:.3f}" for n, x in result["bandwidth"].items())
     print(f"{device.device_kind}, JAX {jax.__version__}, TB/s: {measured}", flush=True)
     models = {name: Model(args.recipe, name, args.state_dtype) for name in args.models}
-    weights = random_weights(models)
+    weights = {
+        products: random_weights([model.weight_shapes(products) for model in models.values()])
+        for products in args.products
+    }
     memory = memory_bytes(device, args.memory_gib) - sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     points = points_of(args, models, memory)
     print(f"{len(points)} points, {args.threads} compiled at a time", flush=True)
@@ -199,6 +214,7 @@ def arguments():
     )
     parser.add_argument("--fold", type=int, nargs="+", default=[accounting.FOLD_TOKENS], help="C, tokens between folds")
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=ATTENTIONS)
+    parser.add_argument("--products", nargs="+", default=["auto"], choices=PRODUCTS)
     parser.add_argument("--state_dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")
@@ -241,16 +257,17 @@ def points_of(args, models, memory):
     """Lists the points that fit in `memory` bytes beside the weights, in the order of --batches."""
 
     def most(name, context, fold):
-        return size_up_to(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "")))
+        return size_up_to(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "", "")))
 
     points = []
-    for batch, context, fold, attention in itertools.product(args.batches, args.contexts, args.fold, args.attention):
+    options = (args.batches, args.contexts, args.fold, args.attention, args.products)
+    for batch, context, fold, attention, products in itertools.product(*options):
         for name, before in zip(models, [None, *models], strict=False):
             sizes = [most(name, context, fold)] if batch == "max" else [int(batch)]
             if batch == "max" and before:
                 sizes.append(most(before, context, fold))
             sizes = [size for size in sizes if 1 <= size <= most(name, context, fold)]
-            wanted = [Point(name, context, size, fold, attention) for size in sizes]
+            wanted = [Point(name, context, size, fold, attention, products) for size in sizes]
             points += [point for point in wanted if point not in points]
     return points
 
@@ -304,8 +321,8 @@ def measure(model, compiled, weights, point):
 
 def calls(model, compiled, weights, point, count):
     """Queues call after call of C steps each; yields the tokens of each, which may not be there yet."""
-    cache = random_cache(model.decoder(point.fold, point.attention), point)
-    weights = pick(weights, model.weight_shapes)
+    cache = random_cache(model.decoder(point.fold, point.attention, point.products), point)
+    weights = pick(weights[point.products], model.weight_shapes(point.products))
     tokens, keys, first = jnp.zeros(point.batch, jnp.int32), keys_of(point), jnp.int32(0)
     clocks = [clock_of(point) for _ in range(count)]
     jax.block_until_ready((cache, clocks, tokens, keys))
@@ -350,7 +367,7 @@ def tables(result):
     """Lays the results out."""
 
     def place(found):
-        return [found[name] for name in ("context", "batch", "model", "attention", "fold")]
+        return [found[name] for name in ("context", "batch", "model", "attention", "products", "fold")]
 
     rows = []
     for found in sorted(result["points"], key=place):
@@ -362,20 +379,23 @@ def tables(result):
                 str(found["batch"]),
                 str(found["fold"]),
                 found["attention"],
+                found["products"],
                 f"{ms['median']:.3f} ({ms['least']:.3f}–{ms['most']:.3f})",
                 f"{found['tokens_per_second']:,.0f}",
                 accounting.readable_bytes(found["batch"] * found["cache_bytes_per_sequence"]),
                 f"{found['bound_share']:.1%}",
             ]
         )
-    header = ["model", "context", "batch", "C", "attention", "ms a step", "tokens/s", "caches", "of the bound"]
+    how = ["C", "attention", "products"]
+    header = ["model", "context", "batch", *how, "ms a step", "tokens/s", "caches", "of the bound"]
     kinds = ("measured", "formula")
     figure = [
-        [f"{e['context']:,}", str(e["batch"]), str(e["fold"]), e["attention"], *(f"{e[n]:.1%}" for n in kinds)]
+        [f"{e['context']:,}", str(e["batch"]), str(e["fold"]), e["attention"], e["products"]]
+        + [f"{e[name]:.1%}" for name in kinds]
         for e in result.get("figure_7", [])
     ]
     title = f"Share of a step that {NARROW} saves against {WIDE} (Figure 7)"
-    return "\n\n".join([table(header, rows), title, table(["context", "batch", "C", "attention", *kinds], figure)])
+    return "\n\n".join([table(header, rows), title, table(["context", "batch", *how, *kinds], figure)])
 
 
 def figure_7(models, found, bytes_per_second, flops):

@@ -10,21 +10,21 @@ from rattn.decoding import cache as caches
 
 
 def random_weights(models):
-    """Draws weights on the device; models share all that they have in common."""
-    largest = max(models.values(), key=lambda model: len(jax.tree.leaves(model.weight_shapes)))
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(largest.weight_shapes))))
+    """Draws weights on the device; models, given by their weights' shapes, share all that they have in common."""
+    largest = max(models, key=lambda shapes: len(jax.tree.leaves(shapes)))
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(largest))))
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def draw(key, shape, dtype):
-        fan_in = shape[1] if len(shape) == 2 else shape[0]
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def draw(key, shape, dtype, fan_in):
         return (jax.random.normal(key, shape, jnp.bfloat16) * fan_in**-0.5).astype(dtype)
 
     def leaf(path, shape):
         if "norm" in path[-1].key:
             return jnp.ones(shape.shape, shape.dtype)
-        return draw(next(keys), shape.shape, shape.dtype)
+        in_last = len(shape.shape) == 2 or path[-1].key.endswith("D")
+        return draw(next(keys), shape.shape, shape.dtype, shape.shape[-1 if in_last else 0])
 
-    return jax.tree_util.tree_map_with_path(leaf, largest.weight_shapes)
+    return jax.tree_util.tree_map_with_path(leaf, largest)
 
 
 def pick(weights, shapes):

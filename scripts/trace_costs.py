@@ -17,7 +17,7 @@ KINDS = {
     "linear attention": r"rla_",
     "norms": r"normed_sum",
     "softmax attention": r"flash|attention|fmha|cudnn|mosaic_gpu",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|wgmma|sm90_|dot_",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|wgmma|sm90_|dot_|decode_product",
     "reductions": r"reduce",
     "elementwise": r"fusion|loop_|add|mul|convert|transpose|concatenate|select|scatter|gather|broadcast|iota|sort",
 }

@@ -4,12 +4,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
-from rattn.decoding import layers, prefill, step
+from rattn.decoding import layers, prefill, products_gpu, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
@@ -18,6 +19,7 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu")
+PRODUCTS = ("auto", "xla", "pallas_gpu")
 
 
 class Decoder:
@@ -35,6 +37,7 @@ class Decoder:
         fold_tokens: int = FOLD_TOKENS,
         state_dtype: str = "float32",
         attention: str = "auto",
+        products: str = "auto",
     ):
         """Takes what all caches have in common.
 
@@ -45,6 +48,8 @@ class Decoder:
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that `rattn.decoding.pallas_gpu`
             fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
+          products: of a step with its weights: "xla", or "pallas_gpu", on one device, for models and batches that
+            `rattn.decoding.products_gpu` fits; its weights lie otherwise. "auto" takes "xla".
 
         Raises:
           UserError: a value that does not fit.
@@ -54,10 +59,13 @@ class Decoder:
                 f"Decoding runs on a mesh with seq={sharding.mesh.shape['seq']}; use 1: a token cannot be cut."
             )
         caches.check_options(fold_tokens, state_dtype)
-        if attention not in ATTENTIONS:
-            raise UserError(f"attention is {attention!r}{nearest(attention, ATTENTIONS)}; use {', '.join(ATTENTIONS)}.")
-        if attention == "pallas_gpu" and sharding.mesh.size > 1:
-            raise UserError(f"attention='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'.")
+        for name, value, known in (("attention", attention, ATTENTIONS), ("products", products, PRODUCTS)):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}{nearest(value, known)}; use {', '.join(known)}.")
+            if value == "pallas_gpu" and sharding.mesh.size > 1:
+                raise UserError(
+                    f"{name}='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'."
+                )
         if sharding.mesh.size > 1:
             spec = model_spec(model)
             sharding.parameters(spec.logical, spec.shapes)  # Raises where the mesh does not divide the model.
@@ -67,7 +75,12 @@ class Decoder:
         platform = sharding.mesh.devices.flat[0].platform
         if attention == "auto":
             attention = "pallas_gpu" if platform == "gpu" and sharding.mesh.size == 1 else "xla"
-        self._kernel = "none" if attention == "xla" else "interpreted" if platform == "cpu" else "compiled"
+        how = "interpreted" if platform == "cpu" else "compiled"
+        fits = products_gpu.fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model))
+        self._kernels = step.Kernels(
+            attention=how if attention == "pallas_gpu" else "none",
+            products=how if products == "pallas_gpu" and fits else "none",
+        )
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
@@ -76,7 +89,8 @@ class Decoder:
 
     def weights(self, parameters: Tree) -> dict[str, Any]:
         """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
-        return layers.decoding_weights(self.model, parameters, self.sharding)
+        for_products_gpu = self._kernels.products != "none"
+        return layers.decoding_weights(self.model, parameters, self.sharding, for_products_gpu)
 
     def layout(self, batch: int, capacity: int) -> CacheLayout:
         """Describes a cache for `batch` sequences of up to `capacity` tokens."""
@@ -219,7 +233,7 @@ class Decoder:
             return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
         if what == "sample":
             run = functools.partial(
-                step.sampled_steps, self.layers, self.model, self._kernel, sampling=rest[0], steps=layout.fold_tokens
+                step.sampled_steps, self.layers, self.model, self._kernels, sampling=rest[0], steps=layout.fold_tokens
             )
             return jax.jit(run, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
         layer, history = rest
@@ -234,7 +248,7 @@ class Decoder:
             lambda cache: cache,
             cache,
         )
-        return step.step(self.layers, self.model, self._kernel, weights, cache, tokens_B)
+        return step.step(self.layers, self.model, self._kernels, weights, cache, tokens_B)
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

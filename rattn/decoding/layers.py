@@ -25,12 +25,27 @@ LAYER_DIMS = {
     "out_ED": ("heads", "embed"),
     "gate_up_DCF": ("embed", None, "mlp"),
     "down_FD": ("mlp", "embed"),
+    # The same as `rattn.decoding.products_gpu` takes them, what is summed over last; norms' scales are in them.
+    "qkv_KAHD": ("kv_heads", None, "head_dim", "embed"),
+    "out_DE": ("embed", "heads"),
+    "gate_up_CFD": (None, "mlp", "embed"),
+    "down_DF": ("embed", "mlp"),
     "softmax_norm_KGH": ("kv_heads", None, "head_dim"),
     "linear_norm_KGH": ("kv_heads", None, "head_dim"),
     "q_norm_H": ("head_dim",),
     "k_norm_H": ("head_dim",),
     "mixer_norm_D": ("embed",),
     "mlp_norm_D": ("embed",),
+}
+EQUATIONS = {
+    "qkv_DKAH": "...d,dkah->...kah",
+    "qkv_KAHD": "...d,kahd->...kah",
+    "out_ED": "...e,ed->...d",
+    "out_DE": "...e,de->...d",
+    "gate_up_DCF": "...d,dcf->...cf",
+    "gate_up_CFD": "...d,cfd->...cf",
+    "down_FD": "...f,fd->...d",
+    "down_DF": "...f,df->...d",
 }
 MODEL_DIMS = {"embedding_VD": ("vocab", "embed"), "unembedding_VD": ("vocab", "embed"), "final_norm_D": ("embed",)}
 
@@ -97,13 +112,27 @@ def layer_specs(model: ConfigDict) -> tuple[LayerSpec, ...]:
     return tuple(specs)
 
 
-def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding) -> dict[str, Any]:
+def product_shapes(model: ConfigDict) -> dict[str, tuple[int, int]]:
+    """Columns and length of sum of a layer's weight products, by the names of `rattn.decoding.products_gpu`."""
+    heads = model.query_heads * model.head_dim
+    return {
+        "qkv": (heads + 2 * model.kv_heads * model.head_dim, model.width),
+        "out": (model.width, heads),
+        "gate_up": (model.mlp_width, model.width),
+        "down": (model.width, model.mlp_width),
+    }
+
+
+def decoding_weights(
+    model: ConfigDict, parameters: Tree, sharding: Sharding, for_products_gpu: bool = False
+) -> dict[str, Any]:
     """Lays training's parameters out for decoding: one tree a layer, matrices in the compute dtype, norms in float32.
 
     Args:
       model: `config.model`.
       parameters: as `ModelSpec.shapes`, of any float dtype; they are not changed.
       sharding: where the result goes.
+      for_products_gpu: whether they lie as `rattn.decoding.products_gpu` takes them.
 
     Returns:
       {"model": …, "layers": (…)}, with the names and dims of `MODEL_DIMS` and `LAYER_DIMS`.
@@ -118,7 +147,7 @@ def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding) ->
         return of_layer(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, repeat, keepdims=False), tree))
 
     def of_layer(tree: Tree) -> Weights:
-        return _layer_weights(model, tree, dtype)
+        return _layer_weights(model, tree, dtype, for_products_gpu)
 
     layers = []
     for index in range(model.layers):
@@ -142,7 +171,7 @@ def _model_weights(dtype: jnp.dtype, tree: Tree) -> dict[str, jax.Array]:
     return weights
 
 
-def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str, jax.Array]:
+def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, for_products_gpu: bool) -> dict[str, jax.Array]:
     mixer, mlp = tree["mixer"], tree["mlp"]
     D, K, H = mixer["k_DKH"].shape
     G = model.query_heads // K
@@ -154,6 +183,8 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str,
         "down_FD": mlp["down_FD"],
     }
     norms = {"mixer_norm_D": tree["mixer_norm"]["scale"], "mlp_norm_D": tree["mlp_norm"]["scale"]}
+    if for_products_gpu:
+        weights, norms = _for_products_gpu(weights, norms), {}
     for name in ("q_norm", "k_norm"):
         if name in mixer:
             norms[f"{name}_H"] = mixer[name]["scale"]
@@ -165,10 +196,33 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype) -> dict[str,
     }
 
 
+def _for_products_gpu(weights: Weights, norms: Weights) -> dict[str, jax.Array]:
+    """Multiplies the scales of the norms into the weights after them, and puts what is summed over last."""
+    qkv_DKAH, gate_up_DCF = (weights[name].astype(jnp.float32) for name in ("qkv_DKAH", "gate_up_DCF"))
+    mixer_D, mlp_D = (norms[name].astype(jnp.float32) for name in ("mixer_norm_D", "mlp_norm_D"))
+    return {
+        "qkv_KAHD": jnp.moveaxis(qkv_DKAH * mixer_D[:, None, None, None], 0, -1),
+        "out_DE": weights["out_ED"].T,
+        "gate_up_CFD": jnp.moveaxis(gate_up_DCF * mlp_D[:, None, None], 0, -1),
+        "down_DF": weights["down_FD"].T,
+    }
+
+
+def _normed(layer: LayerSpec, weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    """Norms x [..., D]; without a scale where the weights after it have it."""
+    scale = weights[name] if name in weights else jnp.ones(x.shape[-1], jnp.float32)
+    return rms_norm(x, scale, layer.norm_epsilon)
+
+
+def _times(x: jax.Array, weights: Weights, *names: str) -> jax.Array:
+    """Multiplies by the weight, which lies in one of two ways."""
+    (name,) = (name for name in names if name in weights)
+    return jnp.einsum(EQUATIONS[name], x, weights[name])
+
+
 def project(layer: LayerSpec, weights: Weights, x: jax.Array) -> jax.Array:
     """Norms and projects the residual stream [..., D] to qkv [..., K, A, H]."""
-    x = rms_norm(x, weights["mixer_norm_D"], layer.norm_epsilon)
-    return jnp.einsum("...d,dkah->...kah", x, weights["qkv_DKAH"])
+    return _times(_normed(layer, weights, "mixer_norm_D", x), weights, "qkv_DKAH", "qkv_KAHD")
 
 
 def split(layer: LayerSpec, qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -196,10 +250,8 @@ def linear_key(layer: LayerSpec, weights: Weights, k: jax.Array) -> jax.Array:
     return softmax_key(layer, weights, k) if layer.feature_map_after_qk_norm else k
 
 
-def finish(
-    layer: LayerSpec, weights: Weights, x: jax.Array, softmax: jax.Array | None, linear: jax.Array | None
-) -> jax.Array:
-    """Adds to x [..., D] what the branches [..., K, G, H] say, and then the feed-forward."""
+def mixed(layer: LayerSpec, weights: Weights, softmax: jax.Array | None, linear: jax.Array | None) -> jax.Array:
+    """Makes one o [..., E] of what the branches [..., K, G, H] say."""
     if linear is None:
         o = softmax
     elif softmax is None:
@@ -207,11 +259,18 @@ def finish(
     else:
         scales = weights["softmax_norm_KGH"], weights["linear_norm_KGH"]
         o = plain_normed_sum(softmax, linear, *scales, epsilon=layer.norm_epsilon)
-    x = x + jnp.einsum("...e,ed->...d", o.reshape(*x.shape[:-1], -1), weights["out_ED"])
-    h = rms_norm(x, weights["mlp_norm_D"], layer.norm_epsilon)
-    gate_up = jnp.einsum("...d,dcf->...cf", h, weights["gate_up_DCF"])
+    return o.reshape(*o.shape[:-3], -1)
+
+
+def finish(
+    layer: LayerSpec, weights: Weights, x: jax.Array, softmax: jax.Array | None, linear: jax.Array | None
+) -> jax.Array:
+    """Adds to x [..., D] what the branches [..., K, G, H] say, and then the feed-forward."""
+    x = x + _times(mixed(layer, weights, softmax, linear), weights, "out_ED", "out_DE")
+    h = _normed(layer, weights, "mlp_norm_D", x)
+    gate_up = _times(h, weights, "gate_up_DCF", "gate_up_CFD")
     hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
-    return x + jnp.einsum("...f,fd->...d", hidden, weights["down_FD"])
+    return x + _times(hidden, weights, "down_FD", "down_DF")
 
 
 def embed(weights: Weights, tokens: jax.Array) -> jax.Array:

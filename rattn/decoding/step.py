@@ -4,6 +4,7 @@ A local layer costs O(W + P·H) a token, whatever came before. Nothing is moved:
 a full layer's cache in one row for each sequence, a state nothing until the next fold.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import pallas_gpu
+from rattn.decoding import pallas_gpu, products_gpu
 from rattn.decoding.cache import (
     Cache,
     CacheLayout,
@@ -31,13 +32,14 @@ from rattn.decoding.layers import (
     linear_key,
     linear_query,
     logits,
+    mixed,
     project,
     softmax_key,
     softmax_query,
     split,
 )
 from rattn.decoding.sampling import Sampling, sample
-from rattn.model.layers import rope_angles, rotate
+from rattn.model.layers import ACTIVATIONS, rope_angles, rotate
 
 # A sum over values is cut until there are this many products side by side, each of at least MIN_SPLIT keys: one
 # product for each key/value head would leave most of a GPU idle where sequences are few and long.
@@ -45,10 +47,23 @@ PARALLEL_PRODUCTS = 1024
 MIN_SPLIT = 256
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """How the kernels of a step run: "none", "compiled" or "interpreted".
+
+    Attributes:
+      attention: `rattn.decoding.pallas_gpu`, in layers that it fits.
+      products: `rattn.decoding.products_gpu`, for up to its MOST_ROWS; the weights lie as it takes them.
+    """
+
+    attention: str
+    products: str
+
+
 def step(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
-    kernel: str,
+    kernels: Kernels,
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -60,15 +75,20 @@ def step(
     Args:
       layers: the model's.
       model: `config.model`.
-      kernel: "none", or how `rattn.decoding.pallas_gpu` runs in layers that it fits: "compiled" or "interpreted".
+      kernels: what they run.
       weights: the model's.
       cache: with the tokens before.
       tokens_B: each sequence's next token.
     """
     x_BD = embed(weights["model"], tokens_B)
+    if x_BD.shape[0] > products_gpu.MOST_ROWS:
+        kernels = dataclasses.replace(kernels, products="none")
+    squares_PB = None if kernels.products == "none" else products_gpu.squares_of(x_BD)
     kept = []
     for layer, w, layer_cache in zip(layers, weights["layers"], cache.layers, strict=True):
-        x_BD, layer_cache = _layer_step(layer, cache.layout, kernel, w, layer_cache, cache.clock, x_BD)
+        x_BD, squares_PB, layer_cache = _layer_step(
+            layer, cache.layout, kernels, w, layer_cache, cache.clock, x_BD, squares_PB
+        )
         kept.append(layer_cache)
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
 
@@ -76,7 +96,7 @@ def step(
 def sampled_steps(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
-    kernel: str,
+    kernels: Kernels,
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -91,7 +111,7 @@ def sampled_steps(
     Args:
       layers: the model's.
       model: `config.model`.
-      kernel: as `step`.
+      kernels: as `step`.
       weights: the model's.
       cache: in which the states have caught up.
       tokens_B: int32, each sequence's newest token, which is not in the cache yet.
@@ -109,7 +129,7 @@ def sampled_steps(
         rings, clock, tokens_B = carry
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-        logits_BV, after = step(layers, model, kernel, weights, Cache(whole, clock, cache.layout), tokens_B)
+        logits_BV, after = step(layers, model, kernels, weights, Cache(whole, clock, cache.layout), tokens_B)
         tokens_B = sample(logits_BV, keys_B, first + index, sampling)
         return (_rings(after), after.clock, tokens_B), tokens_B
 
@@ -129,19 +149,36 @@ def _rings(cache: Cache) -> tuple[LayerCache, ...]:
 def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
-    kernel: str,
+    kernels: Kernels,
     weights: Weights,
     cache: LayerCache,
     clock: Clock,
     x_BD: jax.Array,
-) -> tuple[jax.Array, LayerCache]:
-    """One layer's part of `step`; `clock` is the one before the token."""
-    qkv_BKAH = project(layer, weights, x_BD)
-    if kernel != "none" and _kernel_fits(layer, x_BD.dtype):
-        softmax, linear, cache = _by_kernel(layer, layout, kernel == "interpreted", weights, cache, clock, qkv_BKAH)
+    squares_PB: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """One layer's part of `step`; `clock` is the one before the token, `squares_PB` what products by kernel hand on."""
+    interpret = kernels.products == "interpreted"
+    if squares_PB is None:
+        qkv_BKAH = project(layer, weights, x_BD)
+    else:
+        qkv_ND = weights["qkv_KAHD"].reshape(-1, x_BD.shape[1])
+        qkv_BN = products_gpu.project(x_BD, squares_PB, qkv_ND, layer.norm_epsilon, interpret=interpret)
+        qkv_BKAH = qkv_BN.reshape(-1, *weights["qkv_KAHD"].shape[:-1])
+    if kernels.attention != "none" and _kernel_fits(layer, x_BD.dtype):
+        interpreted = kernels.attention == "interpreted"
+        softmax, linear, cache = _by_kernel(layer, layout, interpreted, weights, cache, clock, qkv_BKAH)
     else:
         softmax, linear, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
-    return finish(layer, weights, x_BD, softmax, linear), cache
+    if squares_PB is None:
+        return finish(layer, weights, x_BD, softmax, linear), None, cache
+    o_BE = mixed(layer, weights, softmax, linear)
+    x_BD, squares_PB = products_gpu.add("out", x_BD, o_BE, weights["out_DE"], interpret=interpret)
+    activation = ACTIVATIONS[layer.activation]
+    hidden_BF = products_gpu.gate(
+        x_BD, squares_PB, weights["gate_up_CFD"], layer.norm_epsilon, activation, interpret=interpret
+    )
+    x_BD, squares_PB = products_gpu.add("down", x_BD, hidden_BF, weights["down_DF"], interpret=interpret)
+    return x_BD, squares_PB, cache
 
 
 def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:

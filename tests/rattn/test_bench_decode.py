@@ -14,7 +14,7 @@ from scripts import bench_decode, plot_decode
 def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     """One model is timed at 4 sequences; of the others, one does not compile and one has no room for 4."""
     out, compiled, measure = tmp_path / "decode.json", bench_decode.Model.compiled, bench_decode.measure
-    real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "auto")
+    real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "auto", "auto")
 
     def compiled_once(model, point):
         if point.model == "full":
@@ -37,10 +37,11 @@ def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     assert places == [("rattention:512", 24, 4, 4), ("swa:4096", 24, 3, 4), ("rattention:512", 24, 3, 4)]
     for point in result["points"]:
         assert point["tokens_per_second"] == pytest.approx(point["batch"] * 1e3 / point["milliseconds"]["median"])
-    assert "full, context 24, batch 4, C = 4, auto: ValueError no such thing\n" in said
-    assert "swa:4096, context 24, batch 4, C = 4, auto: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
+    assert "full, context 24, batch 4, C = 4, attention auto, products auto: ValueError no such thing\n" in said
+    place = "swa:4096, context 24, batch 4, C = 4, attention auto, products auto"
+    assert f"{place}: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
     assert [(gain["context"], gain["batch"]) for gain in result["figure_7"]] == [(24, 3)]
-    assert said.rstrip().splitlines()[-1].split()[:4] == ["24", "3", "4", "auto"]
+    assert said.rstrip().splitlines()[-1].split()[:5] == ["24", "3", "4", "auto", "auto"]
     monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
     plot_decode.main()
     assert (tmp_path / "decode.png").stat().st_size > 10_000
@@ -53,7 +54,9 @@ def models():
 
 
 def test_the_largest_batches_fit(models):
-    args = argparse.Namespace(batches=["32", "max"], contexts=[4096, 65536], fold=[16], attention=["xla"])
+    args = argparse.Namespace(
+        batches=["32", "max"], contexts=[4096, 65536], fold=[16], attention=["xla"], products=["auto"]
+    )
     points = bench_decode.points_of(args, models, memory=68 * 2**30)
     for point in points:
         assert models[point.model].bytes_beside_weights(point) <= 0.95 * 68 * 2**30
@@ -64,12 +67,12 @@ def test_the_largest_batches_fit(models):
     # 448 MiB of keys and values against 154 MiB and the state.
     assert most("swa:4096", 4096) == 128
     assert most("rattention:512", 4096) == 256
-    assert bench_decode.Point("rattention:512", 4096, 128, 16, "xla") in points
-    assert bench_decode.Point("swa:4096", 65536, 24, 16, "xla") in points
+    assert bench_decode.Point("rattention:512", 4096, 128, 16, "xla", "auto") in points
+    assert bench_decode.Point("swa:4096", 65536, 24, 16, "xla", "auto") in points
 
 
 def test_bound_bytes_by_hand(models):
-    model, point = models["rattention:512"], bench_decode.Point("rattention:512", 4096, 32, 16, "xla")
+    model, point = models["rattention:512"], bench_decode.Point("rattention:512", 4096, 32, 16, "xla", "auto")
     matrices = 56 * (2048 * (16 + 8) * 128 + 16 * 128 * 2048 + 3 * 2048 * 6656) + 131072 * 2048
     token = 2 * 4 * 128 * 2
     # Sequences have 4088 tokens in the middle of a call.
@@ -81,7 +84,7 @@ def test_bound_bytes_by_hand(models):
 
 def test_figure_7_compares_like_with_like(models):
     def found(name, milliseconds, batch=32):
-        point = {"model": name, "context": 4096, "batch": batch, "fold": 16, "attention": "xla"}
+        point = {"model": name, "context": 4096, "batch": batch, "fold": 16, "attention": "xla", "products": "xla"}
         return point | {"milliseconds": {"median": milliseconds}}
 
     entries = [found("rattention:512", 6.0), found("swa:4096", 8.0), found("rattention:512", 1.0, batch=1)]

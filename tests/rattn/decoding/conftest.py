@@ -29,7 +29,7 @@ def drawn(path, shape):
 class Miniature:
     """A model of a few hundred weights, its training forward and its decoder."""
 
-    def __init__(self, fold_tokens, state_dtype="float32", sharding=None, attention="xla", **changes):
+    def __init__(self, fold_tokens, state_dtype="float32", sharding=None, attention="xla", products="xla", **changes):
         config = load_config("configs/base.py")
         config.model.update(width=16, layers=5, query_heads=4, kv_heads=2, head_dim=4, mlp_width=24, vocab_size=11)
         config.model.update(
@@ -45,6 +45,7 @@ class Miniature:
             fold_tokens=fold_tokens,
             state_dtype=state_dtype,
             attention=attention,
+            products=products,
         )
         self.weights = self.decoder.weights(self.parameters)
         self._forward = jax.jit(lambda parameters, *inputs: self.spec.merge(parameters)(*inputs))

@@ -1,0 +1,241 @@
+"""A layer's weight products in a step, as Triton kernels for a Hopper GPU that leave nothing else to do but attention.
+
+    qkv    = rms_norm(x) · W                            `project`
+    x'     = x + o · W                                  `add`
+    hidden = activation(rms_norm(x') · G) ⊙ rms_norm(x') · U    `gate`
+    x''    = x' + hidden · W                            `add`
+
+A norm's scale is part of the weights that follow it (`rattn.decoding.layers`), and its 1 / RMS a factor of their
+product: who writes x adds up the squares of its columns, who reads x adds up these sums.
+
+A program takes a tile of columns through the whole sum, so that a row's result follows from that row alone. Weights
+are read once, a column's numbers one after another, but the rows once a program, from the L2 cache: tiles want to be
+wide. A Hopper's tensor cores multiply 64 rows at a time, here columns of weights; a tile of fewer is stood up as that
+many rows by cutting the sum into pieces, each beside the rows' numbers of all pieces. Of the blocks of
+
+    [W₀ᵀ; W₁ᵀ] · [x₀ x₁] = [W₀ᵀx₀ W₀ᵀx₁; W₁ᵀx₀ W₁ᵀx₁]
+
+those on the diagonal are added up. It reads every number once from shared memory, which would be the limit otherwise.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Rows of a product, at least and at most: more would not fit as what they are multiplied with.
+LEAST_ROWS, MOST_ROWS = 16, 64
+# What the tensor cores take at a time.
+STOOD_UP = 64
+# Of a multiprocessor's 227 KiB: bytes that its program keeps on the way.
+SHARED_BYTES = 200 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What a program does.
+
+    Attributes:
+      columns: of the result, a power of two from 16.
+      depth: numbers of each column that are read at a time, a power of two; 64 fill a line of the cache.
+      warps: in groups of four.
+      held: weight columns for each column of the result.
+    """
+
+    columns: int
+    depth: int
+    warps: int = 4
+    held: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces the sum is cut into."""
+        return max(1, STOOD_UP // (self.held * self.columns))
+
+    def stages(self, rows: int, itemsize: int) -> int:
+        """How many reads are on the way or in use at a time."""
+        size = self.pieces * (self.held * self.columns + rows) * self.depth * itemsize
+        return max(2, SHARED_BYTES // size)
+
+
+# Chosen by count for the 3B model at 32 rows, not measured: programs read rows as often as there are tiles, and what a
+# multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
+TILES = {
+    "qkv": Tile(columns=32, depth=128),
+    "out": Tile(columns=32, depth=128),
+    "gate_up": Tile(columns=64, depth=128, held=2),
+    "down": Tile(columns=32, depth=128),
+}
+
+
+def fits(dtype: jnp.dtype, shapes: dict[str, tuple[int, int]]) -> bool:
+    """Returns whether the kernels take the products whose columns and length of sum `shapes` gives by name."""
+    whole = all(
+        not columns % TILES[name].columns and not length % (TILES[name].pieces * TILES[name].depth)
+        for name, (columns, length) in shapes.items()
+    )
+    return dtype == jnp.bfloat16 and whole
+
+
+def squares_of(x_BD: jax.Array) -> jax.Array:
+    """Returns float32 squares_PB, the sums of x's squares by tiles, as `add` does for "down"."""
+    parts_BPC = x_BD.astype(jnp.float32).reshape(x_BD.shape[0], -1, TILES["down"].columns)
+    return jnp.sum(parts_BPC * parts_BPC, axis=2).T
+
+
+def project(
+    x_BD: jax.Array, squares_PB: jax.Array, weights_ND: jax.Array, epsilon: float, *, interpret: bool
+) -> jax.Array:
+    """Returns rms_norm(x) · W, [B, N] in bfloat16."""
+    (out,) = _product("qkv", x_BD, weights_ND, interpret, squares=squares_PB, epsilon=epsilon)
+    return out
+
+
+def add(
+    name: str, residual_BD: jax.Array, x_BK: jax.Array, weights_DK: jax.Array, *, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns residual + x · W, [B, D] in bfloat16, and the sums of its squares, float32 [P, B].
+
+    Args:
+      name: of the tile, "out" or "down".
+      residual_BD: bfloat16.
+      x_BK: bfloat16.
+      weights_DK: bfloat16.
+      interpret: run on a CPU, to test it.
+    """
+    return _product(name, x_BK, weights_DK, interpret, residual=residual_BD)
+
+
+def gate(
+    x_BD: jax.Array,
+    squares_PB: jax.Array,
+    weights_CFD: jax.Array,
+    epsilon: float,
+    activation: Callable[[jax.Array], jax.Array],
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Returns activation(rms_norm(x) · G) ⊙ rms_norm(x) · U, [B, F] in bfloat16; G and U are C's two."""
+    weights_ND = weights_CFD.reshape(-1, weights_CFD.shape[2])
+    (out,) = _product(
+        "gate_up", x_BD, weights_ND, interpret, squares=squares_PB, epsilon=epsilon, activation=activation
+    )
+    return out
+
+
+def _product(name, x_BK, weights_NK, interpret, *, squares=None, residual=None, epsilon=None, activation=None):
+    tile, B = TILES[name], x_BK.shape[0]
+    columns = weights_NK.shape[0] // tile.held
+    programs = columns // tile.columns
+    rows = max(LEAST_ROWS, 1 << (B - 1).bit_length())
+    given = {"x": x_BK, "weights": weights_NK, "squares": squares, "residual": residual}
+    given = {key: value for key, value in given.items() if value is not None}
+    wanted = {"out": jax.ShapeDtypeStruct((B, columns), x_BK.dtype)}
+    if residual is not None:
+        wanted["out squares"] = jax.ShapeDtypeStruct((programs, B), jnp.float32)
+
+    def kernel(*refs):
+        program = _Program(tile, dict(zip((*given, *wanted), refs, strict=True)), rows, interpret)
+        program.run(epsilon, activation)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=list(wanted.values()),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages(rows, x_BK.dtype.itemsize)),
+        interpret=interpret,
+        name=f"decode_product_{name}",
+    )(*given.values())
+
+
+class _Program:
+    """One program: a tile of columns, of all rows."""
+
+    def __init__(self, tile, refs, rows, interpret):
+        self.tile, self.refs, self.rows, self.interpret = tile, refs, rows, interpret
+        self.B, self.length = refs["x"].shape
+        self.number = pl.program_id(0)
+        self.first = self.number * tile.columns
+
+    def run(self, epsilon, activation):
+        """Computes and writes the tile."""
+        # Read first, so that nobody waits for them in the end.
+        columns = self.first + jnp.arange(self.tile.columns)
+        residual = self.load("residual", *self.tile_of(jnp.arange(self.rows), columns)) if epsilon is None else None
+        squares = self.squares() if epsilon is not None else None
+        y = self.sums()
+        if epsilon is not None:
+            y *= jax.lax.rsqrt(jnp.sum(squares, axis=0) / self.length + epsilon)[:, None]
+        else:
+            y += residual.astype(jnp.float32)
+        if activation is not None:
+            g, u = jax.lax.split(y, (self.tile.columns,) * 2, axis=1)
+            y = activation(g) * u
+        y = y.astype(self.refs["out"].dtype)
+        index, valid = self.tile_of(jnp.arange(self.rows), columns)
+        plgpu.store(self.refs["out"].at[index], y, mask=valid)
+        if "out squares" in self.refs:
+            wide = y.astype(jnp.float32)
+            row = jnp.arange(self.rows)
+            index = jnp.broadcast_to(self.number, row.shape), jnp.where(row < self.B, row, self.B)
+            plgpu.store(self.refs["out squares"].at[index], jnp.sum(wide * wide, axis=1), mask=row < self.B)
+
+    def sums(self):
+        """Returns x · W for the tile's weight columns, float32 [rows, held · columns]."""
+        tile, refs = self.tile, self.refs
+        held, length = tile.held * tile.columns, self.length // tile.pieces
+        side, beside = jnp.arange(tile.pieces * held), jnp.arange(tile.pieces * self.rows)
+        piece, piece_beside = side // held, beside // self.rows
+        column = self.first + side % tile.columns
+        if tile.held > 1:
+            column += side % held // tile.columns * refs["out"].shape[1]
+
+        def read(i, sums):
+            at = i * tile.depth + jnp.arange(tile.depth)[None]
+            shape = (side.shape[0], tile.depth)
+            columns = jnp.broadcast_to(column[:, None], shape), piece[:, None] * length + at
+            rows, valid = self.tile_of(beside % self.rows, piece_beside[:, None] * length + at)
+            return sums + self.dot(refs["weights"][columns], self.load("x", rows, valid))
+
+        start = jnp.zeros((side.shape[0], beside.shape[0]), jnp.float32)
+        sums = jax.lax.fori_loop(0, length // tile.depth, read, start)
+        if tile.pieces > 1:
+            sums = jnp.where(piece[:, None] == piece_beside[None], sums, 0.0)
+            # In this order: a thread has all of a column's rows.
+            sums = sums.reshape(tile.pieces * held, tile.pieces, self.rows).sum(axis=1)
+            sums = sums.reshape(tile.pieces, held, self.rows).sum(axis=0)
+        return sums.T
+
+    def squares(self):
+        """Loads the sums of squares of the tiles that x was written in, [P, rows]."""
+        shape = (self.refs["squares"].shape[0], self.rows)
+        row = jnp.arange(self.rows)[None]
+        part = jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape)
+        index = part, jnp.broadcast_to(jnp.where(row < self.B, row, self.B), shape)
+        return self.load("squares", index, jnp.broadcast_to(row < self.B, shape))
+
+    def tile_of(self, rows, columns):
+        """Returns the indices of these columns ([n], or [rows, n]) of rows, and which rows there are.
+
+        A row that there is not gets an index past the end: interpret mode applies the mask after the access.
+        """
+        columns = columns if columns.ndim == 2 else columns[None]
+        shape = (rows.shape[0], columns.shape[1])
+        valid = jnp.broadcast_to((rows < self.B)[:, None], shape)
+        index = jnp.broadcast_to(jnp.where(rows < self.B, rows, self.B)[:, None], shape)
+        return (index, jnp.broadcast_to(columns, shape)), valid
+
+    def load(self, name, index, valid):
+        """Loads what is valid, and zeros."""
+        ref = self.refs[name]
+        if self.rows == self.B:
+            return ref[index]
+        return plgpu.load(ref.at[index], mask=valid, other=jnp.zeros((), ref.dtype))
+
+    def dot(self, a, b):
+        if self.interpret:  # the CPU multiplies no bfloat16; the products are the same
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
