@@ -46,8 +46,8 @@ class Decoder:
           sharding: as in training; the mesh must not cut sequences.
           fold_tokens: C, steps between two folds: more make rings longer and write states less often.
           state_dtype: "float32" or "bfloat16", of the states that are kept.
-          attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that `rattn.decoding.pallas_gpu`
-            fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
+          attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
+            `rattn.decoding.attention_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
           products: of a step with its weights: "xla", or "pallas_gpu", on one device, for models and batches that
             `rattn.decoding.products_gpu` fits; its weights lie otherwise. "auto" takes "xla".
 

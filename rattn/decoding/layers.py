@@ -262,11 +262,9 @@ def mixed(layer: LayerSpec, weights: Weights, softmax: jax.Array | None, linear:
     return o.reshape(*o.shape[:-3], -1)
 
 
-def finish(
-    layer: LayerSpec, weights: Weights, x: jax.Array, softmax: jax.Array | None, linear: jax.Array | None
-) -> jax.Array:
-    """Adds to x [..., D] what the branches [..., K, G, H] say, and then the feed-forward."""
-    x = x + _times(mixed(layer, weights, softmax, linear), weights, "out_ED", "out_DE")
+def finish(layer: LayerSpec, weights: Weights, x: jax.Array, o: jax.Array) -> jax.Array:
+    """Adds to x [..., D] what attention says, o [..., E], and then the feed-forward."""
+    x = x + _times(o, weights, "out_ED", "out_DE")
     h = _normed(layer, weights, "mlp_norm_D", x)
     gate_up = _times(h, weights, "gate_up_DCF", "gate_up_CFD")
     hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]

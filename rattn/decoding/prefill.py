@@ -18,6 +18,7 @@ from rattn.decoding.layers import (
     finish,
     linear_key,
     linear_query,
+    mixed,
     project,
     softmax_key,
     softmax_query,
@@ -130,7 +131,7 @@ def prefill_layer(
             cache[name] = _write(cache[name], chunk_BTKH, keys.slots_BT)
         else:
             cache[name] = _laid_out(cache[name], joined_BSKH, layout.kept_window(layer))
-    return finish(layer, weights, x_BTD, softmax, linear), cache
+    return finish(layer, weights, x_BTD, mixed(layer, weights, softmax, linear)), cache
 
 
 def _kept(

@@ -6,14 +6,14 @@ a full layer's cache in one row for each sequence, a state nothing until the nex
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import pallas_gpu, products_gpu
+from rattn.decoding import attention_gpu, products_gpu
 from rattn.decoding.cache import (
     Cache,
     CacheLayout,
@@ -52,12 +52,24 @@ class Kernels:
     """How the kernels of a step run: "none", "compiled" or "interpreted".
 
     Attributes:
-      attention: `rattn.decoding.pallas_gpu`, in layers that it fits.
+      attention: `rattn.decoding.attention_gpu`, in layers that it fits.
       products: `rattn.decoding.products_gpu`, for up to its MOST_ROWS; the weights lie as it takes them.
     """
 
     attention: str
     products: str
+
+
+class Handed(NamedTuple):
+    """What a layer hands to the next, beside the residual stream, for its kernels.
+
+    Attributes:
+      squares_PB: sums of x_BD's squares, where products are kernels.
+      arrivals_BK: zeros, where attention is.
+    """
+
+    squares_PB: jax.Array | None
+    arrivals_BK: jax.Array | None
 
 
 def step(
@@ -84,11 +96,9 @@ def step(
     if x_BD.shape[0] > products_gpu.MOST_ROWS:
         kernels = dataclasses.replace(kernels, products="none")
     squares_PB = None if kernels.products == "none" else products_gpu.squares_of(x_BD)
-    kept = []
+    handed, kept = Handed(squares_PB, jnp.zeros((x_BD.shape[0], model.kv_heads), jnp.int32)), []
     for layer, w, layer_cache in zip(layers, weights["layers"], cache.layers, strict=True):
-        x_BD, squares_PB, layer_cache = _layer_step(
-            layer, cache.layout, kernels, w, layer_cache, cache.clock, x_BD, squares_PB
-        )
+        x_BD, handed, layer_cache = _layer_step(layer, cache.layout, kernels, w, layer_cache, cache.clock, x_BD, handed)
         kept.append(layer_cache)
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
 
@@ -154,9 +164,10 @@ def _layer_step(
     cache: LayerCache,
     clock: Clock,
     x_BD: jax.Array,
-    squares_PB: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None, LayerCache]:
-    """One layer's part of `step`; `clock` is the one before the token, `squares_PB` what products by kernel hand on."""
+    handed: Handed,
+) -> tuple[jax.Array, Handed, LayerCache]:
+    """One layer's part of `step`; `clock` is the one before the token."""
+    squares_PB, arrivals_BK = handed
     interpret = kernels.products == "interpreted"
     if squares_PB is None:
         qkv_BKAH = project(layer, weights, x_BD)
@@ -166,24 +177,23 @@ def _layer_step(
         qkv_BKAH = qkv_BN.reshape(-1, *weights["qkv_KAHD"].shape[:-1])
     if kernels.attention != "none" and _kernel_fits(layer, x_BD.dtype):
         interpreted = kernels.attention == "interpreted"
-        softmax, linear, cache = _by_kernel(layer, layout, interpreted, weights, cache, clock, qkv_BKAH)
+        o_BE, cache, arrivals_BK = _by_kernel(layer, layout, interpreted, weights, cache, clock, qkv_BKAH, arrivals_BK)
     else:
-        softmax, linear, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
+        o_BE, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
     if squares_PB is None:
-        return finish(layer, weights, x_BD, softmax, linear), None, cache
-    o_BE = mixed(layer, weights, softmax, linear)
+        return finish(layer, weights, x_BD, o_BE), Handed(None, arrivals_BK), cache
     x_BD, squares_PB = products_gpu.add("out", x_BD, o_BE, weights["out_DE"], interpret=interpret)
     activation = ACTIVATIONS[layer.activation]
     hidden_BF = products_gpu.gate(
         x_BD, squares_PB, weights["gate_up_CFD"], layer.norm_epsilon, activation, interpret=interpret
     )
     x_BD, squares_PB = products_gpu.add("down", x_BD, hidden_BF, weights["down_DF"], interpret=interpret)
-    return x_BD, squares_PB, cache
+    return x_BD, Handed(squares_PB, arrivals_BK), cache
 
 
 def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:
     sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
-    return sees and pallas_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
+    return sees and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
 
 
 def _by_kernel(
@@ -194,34 +204,36 @@ def _by_kernel(
     cache: LayerCache,
     clock: Clock,
     qkv_BKAH: jax.Array,
-) -> tuple[jax.Array, jax.Array | None, LayerCache]:
-    """Returns what `_by_xla` does, by the kernel."""
+    arrivals_BK: jax.Array,
+) -> tuple[jax.Array, LayerCache, jax.Array]:
+    """Returns what `_by_xla` does, by the kernel, and `arrivals_BK`."""
     slots, now = layout.slots(layer), clock.after_a_step()
     slot_B = clock.length_B if layer.kind == "full" else jnp.broadcast_to(clock.steps % slots, clock.length_B.shape)
     angles = None
     if layer.rope_theta is not None:
-        positions = jnp.arange(slots + pallas_gpu.TILE) if layer.has_linear else clock.length_B
+        positions = jnp.arange(slots + attention_gpu.TILE) if layer.has_linear else clock.length_B
         angles = rope_angles(positions, layer.head_dim, layer.rope_theta)
-    plan = pallas_gpu.Plan(
+    plan = attention_gpu.Plan(
         window=layout.capacity if layer.kind == "full" else layout.kept_window(layer),
-        fold_tokens=layout.fold_tokens if layer.has_linear else 0,
-        epsilon=layer.norm_epsilon if layer.qk_norm else None,
+        epsilon=layer.norm_epsilon,
         normed_features=layer.feature_map_after_qk_norm,
         interpret=interpret,
     )
-    softmax, linear, k_BKSH, v_BKSH = pallas_gpu.attend(
+    o_BKGH, k_BKSH, v_BKSH, arrivals_BK = attention_gpu.attend(
         plan,
         qkv_BKAH,
         cache["k_BKSH"],
         cache["v_BKSH"],
         slot_B,
         now.length_B - now.start_B,
+        arrivals_BK,
         scales=(weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
         angles=angles,
         state_BKPH=cache.get("state_BKPH"),
         unfolded=now.unfolded,
+        branch_scales=(weights["softmax_norm_KGH"], weights["linear_norm_KGH"]) if layer.has_linear else None,
     )
-    return softmax, linear, cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, arrivals_BK
 
 
 def _by_xla(
@@ -231,8 +243,8 @@ def _by_xla(
     cache: LayerCache,
     clock: Clock,
     qkv_BKAH: jax.Array,
-) -> tuple[jax.Array | None, jax.Array | None, LayerCache]:
-    """Writes the new key and value to the cache; returns the branches' o_BKGH, softmax and linear, and the cache."""
+) -> tuple[jax.Array, LayerCache]:
+    """Writes the new key and value to the cache; returns o_BE and the cache."""
     q_BKGH, k_BKH, v_BKH = split(layer, qkv_BKAH)
     if not layer.has_linear:
         k_BKH = _positioned(layer, softmax_key(layer, weights, k_BKH), clock.length_B)
@@ -250,7 +262,7 @@ def _by_xla(
     now = clock.after_a_step()
     softmax = _softmax_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_softmax else None
     linear = _linear_branch(layer, layout, weights, cache, now, q_BKGH) if layer.has_linear else None
-    return softmax, linear, cache
+    return mixed(layer, weights, softmax, linear), cache
 
 
 def _softmax_branch(

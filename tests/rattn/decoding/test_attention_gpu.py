@@ -1,5 +1,7 @@
 """The Triton kernel of a step: interpreted on the CPU, lowered for a Hopper, and compiled where there is a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import pallas_gpu
-from rattn.decoding.pallas_gpu import TILE
+from rattn.decoding import attention_gpu
+from rattn.decoding.attention_gpu import TILE
 from rattn.model.layers import rms_norm, rope_angles, rotate
 from tests.rattn.decoding import test_parity
 
@@ -62,6 +64,10 @@ def by_hand(q, k, v, visible_BS):
     return np.einsum("bkgs,bksh->bkgh", weights / weights.sum(-1, keepdims=True), v)
 
 
+def normed_by_hand(o, scale):
+    return o / np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + EPSILON) * scale
+
+
 def assert_within_rounding(found, wanted, roundings):
     """Compares each sequence's root mean square error with what roundings to bfloat16, one after another, make of it.
 
@@ -86,10 +92,10 @@ def test_keys_as_read(newest, known, window, group, normed, rotated):
     qkv, k, v, _, scales = arrays(300, group, normed)
     newest, known = (np.array(x, np.int32) for x in (newest, known))
     angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
-    plan = pallas_gpu.Plan(window, epsilon=EPSILON if normed else None, interpret=True)
-    attend = jax.jit(lambda *x: pallas_gpu.attend(plan, *x, scales=scales, angles=angles))
-    found, linear, kept_k, kept_v = attend(qkv, k, v, newest, known)
-    assert linear is None
+    plan = attention_gpu.Plan(window, EPSILON, interpret=True)
+    attend = jax.jit(lambda *x: attention_gpu.attend(plan, *x, scales=scales, angles=angles))
+    found, kept_k, kept_v, arrivals = attend(qkv, k, v, newest, known, np.zeros((B, K), np.int32))
+    assert not np.any(arrivals)
     q = positioned(qkv[:, :, :group], scales and scales[0], angles)
     new_k = positioned(qkv[:, :, group : group + 1], scales and scales[1], angles)
     k = assert_kept(kept_k, k, np.asarray(new_k)[:, :, 0], newest)
@@ -107,13 +113,16 @@ def test_keys_as_read(newest, known, window, group, normed, rotated):
     [
         (4, True, True, False, 40),
         (1, True, False, True, 40),
-        (8, False, True, False, 269),
+        (9, False, True, False, 269),
         (4, True, True, False, 0),
         (4, True, True, True, 127),
     ],
 )
 def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_features, newest):
-    """A ring of W + C that goes round: keys normed and rotated on the way, the state, and keys that wait."""
+    """A ring of W + C that goes round: keys normed and rotated on the way, the state, and keys that wait.
+
+    Each branch by itself, by a scale of zero for the other, and both.
+    """
     window, fold_tokens, unfolded = 250, 20, 17
     slots = window + fold_tokens
     qkv, k, v, state, scales = arrays(slots, group, normed)
@@ -122,37 +131,53 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
     angles, table = None, None
     if rotated:
         angles, table = jax.jit(lambda *x: [rope_angles(one, H, 1e4) for one in x])(-ages, np.arange(slots + TILE))
-    plan = pallas_gpu.Plan(window, fold_tokens, EPSILON if normed else None, normed_features, interpret=True)
-    softmax, linear, kept_k, kept_v = jax.jit(lambda **x: pallas_gpu.attend(plan, **x))(
-        qkv_BKAH=qkv,
-        k_BKSH=k,
-        v_BKSH=v,
-        newest_B=np.full(B, newest, np.int32),
-        known_B=known,
-        scales=scales,
-        angles=table,
-        state_BKPH=state,
-        unfolded=np.int32(unfolded),
-    )
+    plan = attention_gpu.Plan(window, EPSILON, normed_features, interpret=True)
+    attend = jax.jit(functools.partial(attention_gpu.attend, plan))
+    branch_scales = np.random.default_rng(6).uniform(0.5, 1.5, (2, K, group, H)).astype(np.float32)
+    given = {
+        "qkv_BKAH": qkv,
+        "k_BKSH": k,
+        "v_BKSH": v,
+        "newest_B": np.full(B, newest, np.int32),
+        "known_B": known,
+        "arrivals_BK": np.zeros((B, K), np.int32),
+        "scales": scales,
+        "angles": table,
+        "state_BKPH": state,
+        "unfolded": np.int32(unfolded),
+    }
+
+    def found_with(*of_branches):
+        o, *kept, arrivals = attend(**given, branch_scales=tuple(np.float32(x) * y for x, y in of_branches))
+        assert not np.any(arrivals)
+        return o, *kept
+
+    softmax, kept_k, kept_v = found_with((1, branch_scales[0]), (0, branch_scales[1]))
+    linear, *_ = found_with((0, branch_scales[0]), (1, branch_scales[1]))
+    both, *_ = found_with((1, branch_scales[0]), (1, branch_scales[1]))
     q_scale, k_scale = scales or (None, None)
     q = qkv[:, :, :group]
     k = assert_kept(kept_k, k, qkv[:, :, group], [newest] * B).astype(jnp.bfloat16)
     v = assert_kept(kept_v, v, qkv[:, :, group + 1], [newest] * B)
     reach = np.minimum(window, known)[:, None]
     wanted = by_hand(positioned(q, q_scale), positioned(k, k_scale, angles), v, ages[None] < reach)
+    wanted_softmax = wanted = normed_by_hand(wanted, branch_scales[0])
     # The weights and the result, and what enters scores of size 1: by hand the norm of a key and its rotation; here the
     # query's scale, or its rotation and with a key half the cosines, half the sines, half their products and the sum.
+    # The branch and what its norm makes of it are both rounded.
     positions = 2 + 1 + 2.5 if rotated else 2
-    assert_within_rounding(softmax, wanted, roundings=2 + positions)
+    assert_within_rounding(softmax, wanted, roundings=3 + positions)
     waits = (ages[None] >= window) & (ages[None] < window + unfolded) & (ages[None] < known[:, None])
     assert waits.sum(axis=1).tolist() == [17, 10]
-    given = (positioned(q, q_scale), positioned(k, k_scale)) if normed_features else (q, k)
-    phi, phi_k = jax.jit(lambda *x: [features("softmax", one) for one in x])(*given)
+    projected = (positioned(q, q_scale), positioned(k, k_scale)) if normed_features else (q, k)
+    phi, phi_k = jax.jit(lambda *x: [features("softmax", one) for one in x])(*projected)
     phi, phi_k, v, state = (np.asarray(x, np.float64) for x in (phi, phi_k, v, state))
     scores = np.einsum("bkgp,bksp->bkgs", phi, phi_k) * waits[:, None, None]
     wanted = np.einsum("bkgs,bksh->bkgh", scores, v) + np.einsum("bkgp,bkph->bkgh", phi, state)
-    # φ of query and key, their product and the result; beside the state, three.
-    assert_within_rounding(linear, wanted, roundings=4)
+    wanted = normed_by_hand(wanted, branch_scales[1])
+    # φ of query and key, their product, the branch and what its norm makes of it; beside the state, one less.
+    assert_within_rounding(linear, wanted, roundings=5)
+    assert_within_rounding(both, wanted_softmax + wanted, roundings=3 + positions)
 
 
 def test_the_kernel_lowers_for_a_hopper():
@@ -162,13 +187,15 @@ def test_the_kernel_lowers_for_a_hopper():
     given["state_BKPH"] = jax.ShapeDtypeStruct((B, K, 256, 128), jnp.float32)
     given["unfolded"], given["scales"] = jax.ShapeDtypeStruct((), jnp.int32), (jax.ShapeDtypeStruct((128,), "f4"),) * 2
     given["angles"] = (jax.ShapeDtypeStruct((528 + TILE, 64), jnp.float32),) * 2
-    attend = jax.jit(lambda **x: pallas_gpu.attend(pallas_gpu.Plan(512, 16, 1e-6), **x))
+    given["branch_scales"] = (jax.ShapeDtypeStruct((K, 4, 128), jnp.float32),) * 2
+    given["arrivals_BK"] = jax.ShapeDtypeStruct((B, K), jnp.int32)
+    attend = jax.jit(lambda **x: attention_gpu.attend(attention_gpu.Plan(512, 1e-6), **x))
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = attend.trace(**given).lower(lowering_platforms=("cuda",))
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
-    # Keys and values are written where they lie.
-    assert lowered.as_text().count("#stablehlo.output_operand_alias<") == 2
+    # Keys, values and counts are written where they lie.
+    assert lowered.as_text().count("#stablehlo.output_operand_alias<") == 3
 
 
 @pytest.mark.gpu

@@ -1,21 +1,16 @@
 """One token of a sequence against its keys, as one Triton kernel: all that stands between two of its products.
 
-A program reads a part of the keys of one key/value head of one sequence, every key once, and what the parts found is
-added up outside:
+A program reads a part of the keys of one key/value head of one sequence, every key once; where there is a state, one
+more program reads it, and the keys that wait for the fold. Who comes last adds the parts up, always in their order,
 
     o = Σ e^(m_n − m) o_n / Σ e^(m_n − m) l_n        m_n and l_n: largest score and sum of a part
 
-Where there is a state, one more program reads it, and the keys that wait for the fold. Queries, key and value come as
-they were projected. Part 0 begins with the new key and writes it to its slot, which nobody reads. Tiles are read from
-the oldest to the newest, those without a visible key not at all, so that the cost of a full layer follows the tokens in
-it and not its capacity.
+and norms and adds the two branches. Queries, key and value come as they were projected. Part 0 begins with the new key
+and writes it to its slot, which nobody reads. Tiles are read from the oldest to the newest, those without a visible key
+not at all, so that the cost of a full layer follows the tokens in it and not its capacity.
 
 Keys, dims of values and dims of the state are the long side of every matrix product and a group's queries the short
 one, for tensor cores multiply at least 16 by 8 and a group has few queries: [keys, Q] and [H, Q] come out.
-
-A rattention layer's keys are kept as projected; the kernel norms and rotates a tile of them on the way to the scores,
-which XLA would do into an array of its own. A key is rotated by its place in its tile alone, by angles that are read
-once, and the queries, tile after tile, by the age of the tile's first slot.
 """
 
 import dataclasses
@@ -26,11 +21,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from rattn.decoding.attention_gpu_keys import PositionedKeys, ProjectedKeys, rotated
+
 # Queries of the smallest matrix product, and of the largest group.
 LEAST_QUERIES, MOST_QUERIES = 8, 16
-# Slots that a program reads at a time, its warps and its pipeline stages; keys that wait for the fold, rows of a state.
-TILE, WARPS, STAGES = 64, 4, 3
-WAITING_TILE, STATE_TILE = 16, 32
+# Slots that a program reads at a time, its warps for every 128 dims of a head and its pipeline stages.
+TILE, WARPS, STAGES = 32, 2, 3
+# Keys that wait for the fold, and rows of a state, that it reads at a time; parts that are added up at a time.
+WAITING_TILE, STATE_TILE, PARTS_TILE = 16, 32, 4
 # Programs that fill a GPU, and the fewest slots that are worth one.
 PROGRAMS, MIN_SLOTS = 512, 128
 LEAST = -1e30
@@ -42,15 +40,13 @@ class Plan:
 
     Attributes:
       window: W; the capacity for a full layer.
-      fold_tokens: C; 0 without a linear branch.
-      epsilon: of the norms of query and key; None without.
-      normed_features: whether φ takes them normed.
+      epsilon: of all norms.
+      normed_features: whether φ takes query and key normed.
       interpret: run on a CPU, to test it.
     """
 
     window: int
-    fold_tokens: int = 0
-    epsilon: float | None = None
+    epsilon: float
     normed_features: bool = False
     interpret: bool = False
 
@@ -68,13 +64,15 @@ def attend(
     v_BKSH: jax.Array,
     newest_B: jax.Array,
     known_B: jax.Array,
+    arrivals_BK: jax.Array,
     *,
     scales: tuple[jax.Array, jax.Array] | None = None,
     angles: tuple[jax.Array, jax.Array] | None = None,
     state_BKPH: jax.Array | None = None,
     unfolded: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-    """Returns the branches' o_BKGH in v's dtype (softmax, and linear where there is a state), and the keys and values.
+    branch_scales: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns o_BKGH in v's dtype, the keys, the values and `arrivals_BK`.
 
     With a state, keys are kept as projected and positioned when they are read; without, when they are written.
 
@@ -85,11 +83,13 @@ def attend(
       v_BKSH: values, likewise.
       newest_B: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
       known_B: int32, how many tokens back a sequence reaches, itself included.
-      scales: float32 [H], of the norms of query and key, where `plan.epsilon` is given.
+      arrivals_BK: int32, in which programs count themselves: zeros, also when the kernel is done.
+      scales: float32 [H], of the norms of query and key, where there are any.
       angles: float32 sines and cosines where there are rotary positions: with a state [S + TILE, H/2], of positions
         0, 1, …; without [B, H/2], of the new token's.
-      state_BKPH: the state.
-      unfolded: int32, keys that left the window since the fold.
+      state_BKPH: the state; o is then the sum of both branches, each normed.
+      unfolded: int32, keys that left the window since the fold; with a state.
+      branch_scales: float32 [K, G, H], of the norms of the softmax and the linear branch; with a state.
     """
     B, K, A, H = qkv_BKAH.shape
     G, S, dtype = A - 2, k_BKSH.shape[2], v_BKSH.dtype
@@ -98,32 +98,32 @@ def attend(
     parts = max(1, min(PROGRAMS // (B * K) - linear, S // MIN_SLOTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
-    given = {"k": k_BKSH, "v": v_BKSH, "counts": counts_B3, "qkv": qkv_BKAH}
-    if plan.epsilon is not None:
+    given = {"k": k_BKSH, "v": v_BKSH, "arrivals": arrivals_BK, "counts": counts_B3, "qkv": qkv_BKAH}
+    if scales is not None:
         given["q scale"], given["k scale"] = scales
     if angles is not None:
         given["sin"], given["cos"] = angles
     if linear:
         given["state"] = state_BKPH
-    wanted = {"kept k": k_BKSH, "kept v": v_BKSH}
-    wanted |= {"o": jax.ShapeDtypeStruct((B, K, parts, G, H), jnp.float32)}
-    wanted |= {name: jax.ShapeDtypeStruct((B, K, parts, G), jnp.float32) for name in ("most", "sum")}
+        given["softmax scale"], given["linear scale"] = branch_scales
+    wanted = {"kept k": k_BKSH, "kept v": v_BKSH, "arrived": arrivals_BK}
+    wanted["out"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
+    if parts + linear > 1:
+        wanted["o"] = jax.ShapeDtypeStruct((B, K, parts, G, H), jnp.float32)
+        wanted |= {name: jax.ShapeDtypeStruct((B, K, parts, G), jnp.float32) for name in ("most", "sum")}
     if linear:
         wanted["linear"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
     out = pl.pallas_call(
         functools.partial(_kernel, plan, (*given, *wanted), parts),
         grid=(parts + linear, B * K),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted.values()],
-        input_output_aliases={0: 0, 1: 1},
+        input_output_aliases={0: 0, 1: 1, 2: 2},
         compiler_params=plgpu.CompilerParams(num_warps=WARPS * max(1, H // 128), num_stages=STAGES),
         interpret=plan.interpret,
         name="decode_attention",
     )(*given.values())
     found = dict(zip(wanted, out, strict=True))
-    weight = jnp.exp(found["most"] - found["most"].max(axis=2, keepdims=True))
-    total = (weight * found["sum"]).sum(axis=2)[..., None]
-    softmax = ((weight[..., None] * found["o"]).sum(axis=2) / total).astype(dtype)
-    return softmax, found.get("linear"), found["kept k"], found["kept v"]
+    return found["out"], found["kept k"], found["kept v"], found["arrived"]
 
 
 def _kernel(plan, names, parts, *refs):
@@ -133,16 +133,22 @@ def _kernel(plan, names, parts, *refs):
     def read_keys():
         new_k, new_v = here.new_key_and_value()
         here.keep(new_k, new_v)
-        for name, found in zip(("o", "most", "sum"), here.softmax_branch(new_k, new_v), strict=True):
+        o, most, total = here.softmax_branch(new_k, new_v)
+        if "o" not in refs:
+            here.finish((o / total[None]).T)
+            return
+        for name, found in (("o", o.T), ("most", most), ("sum", total)):
             here.store(name, found, here.part)
 
     def read_state():
-        here.store("linear", here.linear_branch())
+        here.store("linear", here.linear_branch().T)
 
     if "state" in refs:
         jax.lax.cond(here.part < parts, read_keys, read_state)
     else:
         read_keys()
+    if "o" in refs:
+        pl.when(here.comes_last())(lambda: here.finish(here.sum_of_parts()))
 
 
 class _Program:
@@ -202,7 +208,7 @@ class _Program:
         per_part = (tiles + 1 - skipped + self.parts - 1) // self.parts
         first = skipped + self.part * per_part
         last = jnp.minimum(first + per_part, tiles + 1)
-        keys = _ProjectedKeys(self, tiles) if self.kept_as_projected else _PositionedKeys(self)
+        keys = ProjectedKeys(self, tiles, TILE) if self.kept_as_projected else PositionedKeys(self)
 
         def read(i, carry):
             o, most, total, q = carry
@@ -252,13 +258,66 @@ class _Program:
         return jax.lax.fori_loop(0, (self.unfolded + WAITING_TILE - 1) // WAITING_TILE, waiting_tile, o)
 
     def store(self, name, value, *part):
-        """Writes what was found for the group's queries: [Q] or [H, Q]."""
+        """Writes what was found for the group's queries: [Q] or [Q, H]."""
         rows = jnp.arange(self.Q)
         index, mask = self._window(rows, rows < self.G, self.G, 0, self.H)
         if value.ndim == 1:
             index, mask = (jnp.where(rows < self.G, rows, self.G),), rows < self.G
         ref = self.refs[name]
-        plgpu.store(ref.at[self.batch, self.head, *part, *index], value.T.astype(ref.dtype), mask=mask)
+        plgpu.store(ref.at[self.batch, self.head, *part, *index], value.astype(ref.dtype), mask=mask)
+
+    def comes_last(self):
+        """Counts the program among its head's; returns whether all others have written what they found."""
+        if not self.plan.interpret:
+            plgpu.debug_barrier()  # All threads have written; counting publishes it.
+        before = plgpu.atomic_add(self.refs["arrived"], (self.batch, self.head), jnp.ones((), jnp.int32))
+        return before == pl.num_programs(0) - 1
+
+    def sum_of_parts(self):
+        """Returns the softmax branch [Q, H], and counts from zero again."""
+        plgpu.store(self.refs["arrived"].at[self.batch, self.head], jnp.zeros((), jnp.int32))
+
+        def read(i, carry):
+            o, most, total = carry
+            parts = [i * PARTS_TILE + n for n in range(PARTS_TILE)]
+            for other_o, other_most, other_total in [
+                [self._found(name, n, n < self.parts) for name in ("o", "most", "sum")] for n in parts
+            ]:
+                now = jnp.maximum(most, other_most)
+                shrink, other_shrink = jnp.exp(most - now), jnp.exp(other_most - now)
+                o = o * shrink[:, None] + other_o * other_shrink[:, None]
+                most, total = now, total * shrink + other_total * other_shrink
+            return o, most, total
+
+        start = jnp.zeros((self.Q, self.H), jnp.float32), jnp.full(self.Q, LEAST), jnp.zeros(self.Q, jnp.float32)
+        o, _, total = jax.lax.fori_loop(0, pl.cdiv(self.parts, PARTS_TILE), read, start)
+        return o / total[:, None]
+
+    def finish(self, softmax):
+        """Writes o of the softmax branch [Q, H], or of both."""
+        softmax = softmax.astype(self.dtype)
+        if "linear" in self.refs:
+            linear = self._found("linear", None, True)
+            softmax = self._branch(softmax, "softmax scale") + self._branch(linear, "linear scale")
+        self.store("out", softmax)
+
+    def _branch(self, x, scale):
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / self.H + self.plan.epsilon)[:, None]
+        rows = jnp.arange(self.Q)
+        index, mask = self._window(rows, rows < self.G, self.G, 0, self.H)
+        return x * inverse * plgpu.load(self.refs[scale].at[self.head, *index], mask=mask, other=0.0)
+
+    def _found(self, name, part, valid):
+        """Loads what a program of this head stored, [Q] or [Q, H], past caches of an older writing."""
+        rows, ref = jnp.arange(self.Q), self.refs[name]
+        valid, where = (rows < self.G) & valid, () if part is None else (part,)
+        index, mask = self._window(rows, valid, self.G, 0, self.H)
+        if ref.ndim == 4 and part is not None:
+            index, mask = (jnp.where(valid, rows, self.G),), valid
+        ref = ref.at[self.batch, self.head, *where, *index]
+        other = jnp.full((), LEAST if name == "most" else 0, self.refs[name].dtype)
+        return plgpu.load(ref, mask=mask, other=other, volatile=True)
 
     def _window(self, rows, valid, past, first, count):
         """Returns the indices of [rows, count] columns and their mask.
@@ -282,7 +341,7 @@ class _Program:
     def positioned(self, x, scale, rows):
         """Norms x and rotates it by these rows of the angles, with training's roundings."""
         x = self.normed(x, scale)
-        return self.rounded(_rotated(x, self.angles(rows))) if "sin" in self.refs else x
+        return self.rounded(rotated(x, self.angles(rows))) if "sin" in self.refs else x
 
     def angles(self, rows):
         """Loads sines and cosines of these rows, [rows, H/2] each."""
@@ -316,7 +375,7 @@ class _Program:
         return tuple(half.astype(self.dtype) for half in x)
 
     def normed(self, x, scale):
-        if self.plan.epsilon is None:
+        if scale not in self.refs:
             return x
         inverse = self._inverse_rms(x)
         return [self._scaled(half, inverse, by) for half, by in zip(x, self.scales(scale), strict=True)]
@@ -348,7 +407,7 @@ class _Program:
         turned = i >= self.H // STATE_TILE
         first, rows = jnp.where(turned, i * STATE_TILE - self.H, i * STATE_TILE), jnp.arange(self.Q)
         x = self._rows("qkv", rows, rows < self.G, first, STATE_TILE)
-        if self.plan.normed_features and self.plan.epsilon is not None:
+        if self.plan.normed_features and "q scale" in self.refs:
             x = self._scaled(x, self._inverse_rms(self.queries()), self.refs["q scale"][pl.ds(first, STATE_TILE)][None])
         x = x.astype(jnp.float32)
         (_, most, inverse), (_, other_most, other_inverse) = (self._powers(q, sign) for sign in (1.0, -1.0))
@@ -360,86 +419,3 @@ class _Program:
         if self.plan.interpret:  # the CPU multiplies no bfloat16; the products are the same
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-class _PositionedKeys:
-    """Scores of keys that are kept as they are multiplied."""
-
-    def __init__(self, program):
-        q = program.positioned(program.queries(), "q scale", program.batch + jnp.arange(1))
-        self.program, self.q = program, tuple(q)
-
-    def score_of_new(self, new_k):
-        """Returns the products of the queries with the new key, [Q]."""
-        products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(self.q, new_k, strict=True))
-        return sum(jnp.sum(x, axis=1) for x in products)
-
-    def queries(self, _):
-        """Returns the queries for a first tile whose first token has this age."""
-        return self.q
-
-    def scores(self, q, k, _):
-        """Returns the products [TILE, Q] of a tile's keys and the queries, and the queries for the next tile."""
-        return sum(self.program.dot(a, b, 1, 1) for a, b in zip(k, q, strict=True)), q
-
-
-class _ProjectedKeys(_PositionedKeys):
-    """Scores of keys that are kept as they were projected; positions count from the query."""
-
-    def __init__(self, program, tiles):
-        self.program, self.tiles = program, tiles
-        self.q = program.normed(program.queries(), "q scale")
-        self.norms, self.rotates = program.plan.epsilon is not None, "sin" in program.refs
-        self.k_scales = program.scales("k scale") if self.norms else (1.0, 1.0)
-        if self.rotates:
-            sin, cos = program.angles(jnp.arange(TILE))
-            a, b = self.k_scales
-            # What scales keys and rotates them by their place in their tile.
-            self.turns = program.rounded((cos * a, -sin * b, cos * b, sin * a))
-            self.width = program.angles(TILE + jnp.arange(1))
-            self.last_width = program.angles(program.slots % TILE + jnp.arange(1))
-
-    def score_of_new(self, new_k):
-        """As there; the new key is at the query's position."""
-        return super().score_of_new(self.program.normed(new_k, "k scale"))
-
-    def queries(self, age):
-        """Float32 where they turn from tile to tile."""
-        if self.rotates:
-            row = jnp.clip(age, 0, self.program.slots + TILE - 1) + jnp.arange(1)
-            return _rotated(self.q, self.program.angles(row))
-        by = (half.astype(jnp.float32) * scale for half, scale in zip(self.q, self.k_scales, strict=True))
-        return self.program.rounded(by)
-
-    def scores(self, q, k, tile):
-        """As there."""
-        program, inverse = self.program, self._inverse_norms(k) if self.norms else 1.0
-        if not self.rotates:
-            products, q = super().scores(q, k, tile)
-            return products * inverse, q
-        (a, b), (aa, ab, bb, ba) = k, self.turns
-        k = program.products(a, aa, b, ab), program.products(b, bb, a, ba)
-        products, _ = super().scores(program.rounded(q), k, tile)
-        sin, cos = self.width
-        if program.slots % TILE:
-            seam = tile == self.tiles - 1
-            sin, cos = (jnp.where(seam, x, y) for x, y in zip(self.last_width, self.width, strict=True))
-        # The next tile is newer by this one's width.
-        return products * inverse, _rotated(q, (-sin, cos))
-
-    def _inverse_norms(self, k):
-        """Returns 1 / √(mean of squares + ε) of a tile's keys, in every column of [TILE, Q].
-
-        Squares are rounded to bfloat16, which their sum does not notice, and added up by a matrix product, whose result
-        lies as the scores do.
-        """
-        (a, b), program = k, self.program
-        ones = jnp.ones((program.Q, program.half), program.dtype)
-        squares = program.dot(program.products(a, a, b, b), ones, 1, 1)
-        return jax.lax.rsqrt(squares / program.H + program.plan.epsilon)
-
-
-def _rotated(x, angles):
-    """Rotates pairs by sines and cosines; float32."""
-    (a, b), (sin, cos) = (half.astype(jnp.float32) for half in x), angles
-    return a * cos - b * sin, b * cos + a * sin
