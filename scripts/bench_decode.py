@@ -347,7 +347,10 @@ def entry(model, point, milliseconds, bytes_per_second, compile_seconds):
     """Returns a point's JSON object."""
     median = statistics.median(milliseconds)
     bound = model.bound_bytes(point)
+    decoder = model.decoder(point.fold, point.attention, point.products)
     return dataclasses.asdict(point) | {
+        "attention": decoder.attention,
+        "products": decoder.products,
         "milliseconds": {"median": median, "least": milliseconds[0], "most": milliseconds[-1]},
         "tokens_per_second": point.batch / median * 1e3,
         "cache_bytes_per_sequence": model.cache_bytes(point),

@@ -23,8 +23,8 @@ KINDS = {
 }
 
 
-def kernel_times(folder: pathlib.Path) -> dict[str, list[float]]:
-    """Returns the seconds of every call of every kernel on the first GPU of the newest trace under `folder`.
+def kernel_calls(folder: pathlib.Path) -> list[tuple[str, float]]:
+    """Returns name and seconds of every kernel on the first GPU of the newest trace under `folder`, in their order.
 
     Raises:
       FileNotFoundError: there is no trace.
@@ -36,18 +36,21 @@ def kernel_times(folder: pathlib.Path) -> dict[str, list[float]]:
     names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     gpu = min((pid for pid, name in names.items() if "/device:GPU" in name), default=None)
-    times = collections.defaultdict(list)
+    calls = []
     for event in events:
         stream = threads.get((event.get("pid"), event.get("tid")), "")
         if event.get("ph") == "X" and event["pid"] == gpu and stream.startswith("Stream"):
-            times[event["name"]].append(event["dur"] * 1e-6)
-    return times
+            calls.append((event["ts"], event["name"], event["dur"] * 1e-6))
+    return [(name, seconds) for _, name, seconds in sorted(calls)]
 
 
 def costs_by_kind(folder: pathlib.Path) -> dict[str, dict]:
     """Returns {kind: {"seconds", "kernels": [(name, seconds, calls)], largest first}}, largest first."""
+    times = collections.defaultdict(list)
+    for name, seconds in kernel_calls(folder):
+        times[name].append(seconds)
     kinds = collections.defaultdict(lambda: {"seconds": 0.0, "kernels": []})
-    for name, calls in kernel_times(folder).items():
+    for name, calls in times.items():
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower())), "other")
         kinds[kind]["seconds"] += sum(calls)
         kinds[kind]["kernels"].append((name, sum(calls), len(calls)))

@@ -27,6 +27,9 @@ class Decoder:
 
     Every function that takes a cache uses it up (its buffers are donated) and returns the one to go on with. Sequences
     lie along `data` and `fsdp`, heads along `model`.
+
+    Attributes:
+      attention, products: what was taken for them, "xla" or "pallas_gpu".
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Decoder:
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
             `rattn.decoding.attention_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
           products: of a step with its weights: "xla", or "pallas_gpu", on one device, for models and batches that
-            `rattn.decoding.products_gpu` fits; its weights lie otherwise. "auto" takes "xla".
+            `rattn.decoding.products_gpu` fits; its weights lie otherwise. "auto" as for `attention`.
 
         Raises:
           UserError: a value that does not fit.
@@ -73,14 +76,13 @@ class Decoder:
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
         platform = sharding.mesh.devices.flat[0].platform
-        if attention == "auto":
-            attention = "pallas_gpu" if platform == "gpu" and sharding.mesh.size == 1 else "xla"
+        best = "pallas_gpu" if platform == "gpu" and sharding.mesh.size == 1 else "xla"
+        attention, products = (best if value == "auto" else value for value in (attention, products))
         how = "interpreted" if platform == "cpu" else "compiled"
-        fits = products_gpu.fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model))
-        self._kernels = step.Kernels(
-            attention=how if attention == "pallas_gpu" else "none",
-            products=how if products == "pallas_gpu" and fits else "none",
-        )
+        if not products_gpu.fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
+            products = "xla"
+        self.attention, self.products = attention, products
+        self._kernels = step.Kernels(*(how if value == "pallas_gpu" else "none" for value in (attention, products)))
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))

@@ -61,13 +61,13 @@ class Tile:
         return max(2, SHARED_BYTES // size)
 
 
-# Chosen by count for the 3B model at 32 rows, not measured: programs read rows as often as there are tiles, and what a
-# multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
+# For the 3B model at 32 rows on an H200, by scripts/bench_decode_kernels.py: programs read rows as often as there are
+# tiles, and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
-    "out": Tile(columns=32, depth=128),
+    "out": Tile(columns=16, depth=64),
     "gate_up": Tile(columns=64, depth=128, held=2),
-    "down": Tile(columns=32, depth=128),
+    "down": Tile(columns=16, depth=128),
 }
 
 

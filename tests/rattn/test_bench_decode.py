@@ -41,7 +41,7 @@ def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     place = "swa:4096, context 24, batch 4, C = 4, attention auto, products auto"
     assert f"{place}: JaxRuntimeError RESOURCE_EXHAUSTED: Out of memory\n" in said
     assert [(gain["context"], gain["batch"]) for gain in result["figure_7"]] == [(24, 3)]
-    assert said.rstrip().splitlines()[-1].split()[:5] == ["24", "3", "4", "auto", "auto"]
+    assert said.rstrip().splitlines()[-1].split()[:5] == ["24", "3", "4", "xla", "xla"]
     monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
     plot_decode.main()
     assert (tmp_path / "decode.png").stat().st_size > 10_000

@@ -18,8 +18,8 @@ from tests.rattn.decoding.test_parity import LENGTHS, following, prefix
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 # Several tiles of each product, and several reads of each piece of a sum.
-D, E, N, F, EPSILON = 256, 512, 96, 512, 1e-6
-MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 256, "mlp_width": 256} | TWO_MIXERS
+D, E, N, F, EPSILON = 256, 512, 96, 1024, 1e-6
+MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 256, "mlp_width": 512} | TWO_MIXERS
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -1,0 +1,225 @@
+"""Times the kernels of a decode step one by one on a GPU, by its profiler, as they are tuned and otherwise.
+
+    python -m scripts.bench_decode_kernels                                     # the 3B model's, as they are tuned
+    python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
+    python -m scripts.bench_decode_kernels --attention --products down out --tiles 16:128:4 32:128:8
+
+Attention is kind:batch, or kind:batch:context for layers that see everything. A tiling is slots:warps:stages:programs
+of `rattn.decoding.attention_gpu`, a tile columns:depth:warps of `rattn.decoding.products_gpu`. A time is that of one
+kernel on arrays that no cache holds, the median of some twenty with the extremes; the gap before it is not in it.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rattn import accounting, platform
+from rattn.config import load_config, validate
+from rattn.decoding import attention_gpu, products_gpu
+from rattn.decoding.layers import layer_specs, product_shapes
+from rattn.model.layers import ACTIVATIONS, rope_angles
+from rattn.planning.report import table
+from scripts.trace_costs import kernel_calls
+
+# Arrays of a case, at least: several times a GPU's cache.
+COLD_BYTES = 500_000_000
+CALLS = 3
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
+@dataclasses.dataclass
+class Case:
+    """A kernel on arrays of one size.
+
+    Attributes:
+      name: of a line.
+      size: bytes that a kernel must move.
+      shapes: of one kernel's own arrays, and of those that all share.
+      run: (own, shared) -> results, and own as it goes on.
+      variants: {name: what to set in a module while it is traced}.
+    """
+
+    name: str
+    size: int
+    shapes: tuple[Any, Any]
+    run: Callable[[Any, Any], tuple[Any, Any]]
+    variants: dict[str, tuple[Any, dict[str, Any]]]
+
+    @property
+    def count(self) -> int:
+        """Kernels in a call."""
+        return max(2, COLD_BYTES // self.size)
+
+    def lowered(self, where=None):
+        """Lowers a call; `where` as a sharding of every array."""
+        own, shared = (
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shape)
+            for shape in self.shapes
+        )
+        run = jax.jit(self.run)
+
+        def call(own, shared):
+            found = [run(one, shared) for one in own]
+            return [kept for _, kept in found], [result for result, _ in found]
+
+        return jax.jit(call, donate_argnums=0).lower([own] * self.count, shared)
+
+
+def main():
+    """Prints a line for every case and variant, and the table."""
+    platform.configure()
+    args = arguments()
+    model = validate(load_config(args.recipe)).model
+    cases = [attention_case(model, text, args) for text in args.attention]
+    cases += [product_case(model, name, args) for name in args.products]
+    rows = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = {}
+        for case in cases:
+            for name, (module, values) in case.variants.items():
+                with values_set(module, values):
+                    jax.clear_caches()
+                    lowered = case.lowered()
+                compiled[case.name, name] = pool.submit(lowered.compile, compiler_options=NO_GRAPHS)
+        for case in cases:
+            for name, seconds in times(case, {n: compiled[case.name, n] for n in case.variants}).items():
+                micros = [
+                    f"{statistics.median(seconds) * 1e6:.1f}",
+                    f"{min(seconds) * 1e6:.1f}–{max(seconds) * 1e6:.1f}",
+                ]
+                rows.append([case.name, name, *micros, f"{case.size / statistics.median(seconds) / 1e12:.2f}"])
+                print(*rows[-1], flush=True)
+    print("\n" + table(["kernel", "variant", "µs", "extremes", "TB/s"], rows))
+
+
+def arguments():
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="configs/rattn_3b.py")
+    parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
+    parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
+    parser.add_argument("--products", nargs="*", default=list(products_gpu.TILES))
+    parser.add_argument("--tiles", nargs="*", default=[], help="columns:depth:warps, beside the one in use")
+    parser.add_argument("--rows", type=int, default=32, help="of the products")
+    return parser.parse_args()
+
+
+@contextlib.contextmanager
+def values_set(module, values):
+    """Sets a module's constants for a while."""
+    kept = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def attention_case(model, text, args):
+    """Builds a case of attention in the middle of a call of steps."""
+    kind, batch, *context = text.split(":")
+    local, B = kind == "local", int(batch)
+    layer = next(layer for layer in layer_specs(model) if (layer.kind == "full") != local)
+    K, G, H, C = model.kv_heads, layer.group, layer.head_dim, accounting.FOLD_TOKENS
+    S = layer.window + C if local else int(context[0])
+    known = S if local else S - C // 2
+    own = {"k_BKSH": (B, K, S, H), "v_BKSH": (B, K, S, H)}
+    own = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in own.items()}
+    if layer.has_linear:
+        own["state_BKPH"] = jax.ShapeDtypeStruct((B, K, 2 * H, H), jnp.float32)
+    shared = {"qkv_BKAH": jax.ShapeDtypeStruct((B, K, G + 2, H), jnp.bfloat16)}
+    plan = attention_gpu.Plan(layer.window if local else S, layer.norm_epsilon)
+
+    def run(own, shared):
+        positions = jnp.arange(S + attention_gpu.TILE) if layer.has_linear else jnp.full(B, known)
+        ones = jnp.ones((K, G, H), jnp.float32)
+        o_BKGH, k_BKSH, v_BKSH, _ = attention_gpu.attend(
+            plan,
+            shared["qkv_BKAH"],
+            own["k_BKSH"],
+            own["v_BKSH"],
+            jnp.full(B, known - 1, jnp.int32),
+            jnp.full(B, known, jnp.int32),
+            jnp.zeros((B, K), jnp.int32),
+            scales=(jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
+            angles=rope_angles(positions, H, layer.rope_theta) if layer.rope_theta is not None else None,
+            state_BKPH=own.get("state_BKPH"),
+            unfolded=jnp.int32(C // 2),
+            branch_scales=(ones, ones) if layer.has_linear else None,
+        )
+        return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+
+    names = ("TILE", "WARPS", "STAGES", "PROGRAMS")
+    variants = {"in use": (attention_gpu, {})}
+    for tiling in args.tilings:
+        variants[tiling] = attention_gpu, dict(zip(names, map(int, tiling.split(":")), strict=True))
+    size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
+    return Case(text, size, (own, shared), run, variants)
+
+
+def product_case(model, name, args):
+    """Builds a case of one product with its norm, residual or activation."""
+    columns, length = product_shapes(model)[name]
+    held = products_gpu.TILES[name].held
+    own = jax.ShapeDtypeStruct((held, columns, length), jnp.bfloat16)
+    shared = {
+        "x": jax.ShapeDtypeStruct((args.rows, length), jnp.bfloat16),
+        "residual": jax.ShapeDtypeStruct((args.rows, columns), jnp.bfloat16),
+    }
+
+    def run(own, shared):
+        if name in ("out", "down"):
+            return products_gpu.add(name, shared["residual"], shared["x"], own[0], interpret=False), own
+        squares = products_gpu.squares_of(shared["x"])
+        if name == "qkv":
+            return products_gpu.project(shared["x"], squares, own[0], model.norm_epsilon, interpret=False), own
+        activation = ACTIVATIONS[model.activation]
+        return products_gpu.gate(shared["x"], squares, own, model.norm_epsilon, activation, interpret=False), own
+
+    variants = {"in use": (products_gpu, {})}
+    for text in args.tiles:
+        tile = products_gpu.Tile(*map(int, text.split(":")), held)
+        variants[text] = products_gpu, {"TILES": products_gpu.TILES | {name: tile}}
+    return Case(name, 2 * held * columns * length, (own, shared), run, variants)
+
+
+def times(case, compiled):
+    """Returns {variant: seconds of every call of the kernel}; what cannot be compiled or run costs its own line."""
+    own, shared = case.shapes
+    keys = iter(jax.random.split(jax.random.key(0), 4 * case.count + 4))
+
+    def draw(shape):
+        return jax.random.normal(next(keys), shape.shape, shape.dtype)
+
+    arrays, shared = [jax.tree.map(draw, own) for _ in range(case.count)], jax.tree.map(draw, shared)
+    ran = []
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        for name, future in compiled.items():
+            try:
+                run = future.result()
+                for _ in range(CALLS):
+                    arrays, out = run(arrays, shared)
+                    jax.block_until_ready(out)
+                ran.append(name)
+            except Exception as error:  # Whatever it is, the other variants are worth having.
+                print(f"{case.name}, {name}: {type(error).__name__} {str(error).strip()[:150]}", flush=True)
+        jax.profiler.stop_trace()
+        calls = [seconds for name, seconds in kernel_calls(pathlib.Path(folder)) if name.startswith("decode_")]
+    each = CALLS * case.count
+    return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(ran)}
+
+
+if __name__ == "__main__":
+    main()
