@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from rattn.decoding.attention_gpu_keys import PositionedKeys, ProjectedKeys, rotated
+from rattn.decoding.triton_gpu import let_next_begin
 
 # Queries of the smallest matrix product, and of the largest group.
 LEAST_QUERIES, MOST_QUERIES = 8, 16
@@ -162,15 +163,15 @@ class _Program:
         _, heads, self.slots, self.H = refs["k"].shape
         self.G, self.half = refs["qkv"].shape[2] - 2, self.H // 2
         self.Q = LEAST_QUERIES if self.G <= LEAST_QUERIES else MOST_QUERIES
-        self.part, row = pl.program_id(0), pl.program_id(1)
+        self.part, row = pl.program_id(0), let_next_begin(pl.program_id(1), plan.interpret)
         self.batch, self.head = row // heads, row % heads
         self.newest, self.known, self.unfolded = (refs["counts"][self.batch, i] for i in range(3))
         self.kept_as_projected, self.dtype = "state" in refs, refs["v"].dtype
+        self.rows = jnp.arange(self.Q)
 
     def queries(self):
         """Returns the group's queries as projected, [Q, H/2] twice; zero past the group."""
-        rows = jnp.arange(self.Q)
-        return self._halves("qkv", rows, rows < self.G)
+        return self._halves("qkv", self.rows, self.rows < self.G)
 
     def new_key_and_value(self):
         """Returns the new token's key as it is kept, [1, H/2] twice, and its value [1, H]."""
@@ -259,10 +260,9 @@ class _Program:
 
     def store(self, name, value, *part):
         """Writes what was found for the group's queries: [Q] or [Q, H]."""
-        rows = jnp.arange(self.Q)
-        index, mask = self._window(rows, rows < self.G, self.G, 0, self.H)
+        index, mask = self._window(self.rows, self.rows < self.G, self.G, 0, self.H)
         if value.ndim == 1:
-            index, mask = (jnp.where(rows < self.G, rows, self.G),), rows < self.G
+            index, mask = (jnp.where(self.rows < self.G, self.rows, self.G),), self.rows < self.G
         ref = self.refs[name]
         plgpu.store(ref.at[self.batch, self.head, *part, *index], value.astype(ref.dtype), mask=mask)
 
@@ -304,13 +304,12 @@ class _Program:
     def _branch(self, x, scale):
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / self.H + self.plan.epsilon)[:, None]
-        rows = jnp.arange(self.Q)
-        index, mask = self._window(rows, rows < self.G, self.G, 0, self.H)
+        index, mask = self._window(self.rows, self.rows < self.G, self.G, 0, self.H)
         return x * inverse * plgpu.load(self.refs[scale].at[self.head, *index], mask=mask, other=0.0)
 
     def _found(self, name, part, valid):
         """Loads what a program of this head stored, [Q] or [Q, H], past caches of an older writing."""
-        rows, ref = jnp.arange(self.Q), self.refs[name]
+        rows, ref = self.rows, self.refs[name]
         valid, where = (rows < self.G) & valid, () if part is None else (part,)
         index, mask = self._window(rows, valid, self.G, 0, self.H)
         if ref.ndim == 4 and part is not None:
@@ -405,8 +404,8 @@ class _Program:
     def _feature_tile(self, q, i):
         """Returns φ(q)'s dims of tile i, [Q, STATE_TILE], read again, for registers have no number."""
         turned = i >= self.H // STATE_TILE
-        first, rows = jnp.where(turned, i * STATE_TILE - self.H, i * STATE_TILE), jnp.arange(self.Q)
-        x = self._rows("qkv", rows, rows < self.G, first, STATE_TILE)
+        first = jnp.where(turned, i * STATE_TILE - self.H, i * STATE_TILE)
+        x = self._rows("qkv", self.rows, self.rows < self.G, first, STATE_TILE)
         if self.plan.normed_features and "q scale" in self.refs:
             x = self._scaled(x, self._inverse_rms(self.queries()), self.refs["q scale"][pl.ds(first, STATE_TILE)][None])
         x = x.astype(jnp.float32)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from rattn.decoding.triton_gpu import let_next_begin
+
 # Rows of a product, at least and at most: more would not fit as what they are multiplied with.
 LEAST_ROWS, MOST_ROWS = 16, 64
 # What the tensor cores take at a time.
@@ -157,7 +159,7 @@ class _Program:
     def __init__(self, tile, refs, rows, interpret):
         self.tile, self.refs, self.rows, self.interpret = tile, refs, rows, interpret
         self.B, self.length = refs["x"].shape
-        self.number = pl.program_id(0)
+        self.number = let_next_begin(pl.program_id(0), interpret)
         self.first = self.number * tile.columns
 
     def run(self, epsilon, activation):
