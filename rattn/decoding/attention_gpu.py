@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from rattn.decoding.attention_gpu_keys import PositionedKeys, ProjectedKeys, rotated
-from rattn.decoding.triton_gpu import let_next_begin
+from rattn.decoding.triton_gpu import exp, let_next_begin
 
 # Queries of the smallest matrix product, and of the largest group.
 LEAST_QUERIES, MOST_QUERIES = 8, 16
@@ -219,8 +219,8 @@ class _Program:
             scores, q = keys.scores(q, self._halves("k", slots, slots < self.slots), tile)
             scores = jnp.where(visible[:, None], scores * self.H**-0.5, LEAST)
             now = jnp.maximum(most, jnp.max(scores, axis=0))
-            weights = jnp.where(visible[:, None], jnp.exp(scores - now[None]), 0.0)
-            shrink = jnp.exp(most - now)
+            weights = jnp.where(visible[:, None], self.exp(scores, now[None]), 0.0)
+            shrink = self.exp(most - now)
             v = self._rows("v", slots, slots < self.slots, 0, self.H)
             o = o * shrink[None] + self.dot(v, weights.astype(self.dtype), 0, 0)
             return o, now, total * shrink + jnp.sum(weights, axis=0), q
@@ -284,7 +284,7 @@ class _Program:
                 [self._found(name, n, n < self.parts) for name in ("o", "most", "sum")] for n in parts
             ]:
                 now = jnp.maximum(most, other_most)
-                shrink, other_shrink = jnp.exp(most - now), jnp.exp(other_most - now)
+                shrink, other_shrink = self.exp(most - now), self.exp(other_most - now)
                 o = o * shrink[:, None] + other_o * other_shrink[:, None]
                 most, total = now, total * shrink + other_total * other_shrink
             return o, most, total
@@ -388,9 +388,9 @@ class _Program:
 
     def _powers(self, x, sign):
         """Returns e^(±x − m) of both halves, m [rows, 1] and the inverse of their sum."""
-        halves = [sign * half.astype(jnp.float32) for half in x]
+        halves = [half.astype(jnp.float32) if sign > 0 else -half.astype(jnp.float32) for half in x]
         most = jnp.maximum(*(jnp.max(half, axis=1) for half in halves))[:, None]
-        powers = [jnp.exp(half - most) for half in halves]
+        powers = [self.exp(half, most) for half in halves]
         return powers, most, 1.0 / sum(jnp.sum(half, axis=1) for half in powers)[:, None]
 
     def _features(self, x):
@@ -411,7 +411,10 @@ class _Program:
         x = x.astype(jnp.float32)
         (_, most, inverse), (_, other_most, other_inverse) = (self._powers(q, sign) for sign in (1.0, -1.0))
         x, most = jnp.where(turned, -x, x), jnp.where(turned, other_most, most)
-        return (jnp.exp(x - most) * jnp.where(turned, other_inverse, inverse)).astype(self.dtype)
+        return (self.exp(x, most) * jnp.where(turned, other_inverse, inverse)).astype(self.dtype)
+
+    def exp(self, x, less=0.0):
+        return exp(x, less, self.plan.interpret)
 
     def dot(self, a, b, a_dim, b_dim):
         """Sums over these dims, in float32."""
