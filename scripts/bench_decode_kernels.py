@@ -59,19 +59,16 @@ class Case:
         """Kernels in a call."""
         return max(2, COLD_BYTES // self.size)
 
-    def lowered(self, where=None):
-        """Lowers a call; `where` as a sharding of every array."""
-        own, shared = (
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shape)
-            for shape in self.shapes
-        )
+    def traced(self):
+        """Traces a call."""
+        own, shared = self.shapes
         run = jax.jit(self.run)
 
         def call(own, shared):
             found = [run(one, shared) for one in own]
             return [kept for _, kept in found], [result for result, _ in found]
 
-        return jax.jit(call, donate_argnums=0).lower([own] * self.count, shared)
+        return jax.jit(call, donate_argnums=0).trace([own] * self.count, shared)
 
 
 def main():
@@ -88,7 +85,7 @@ def main():
             for name, (module, values) in case.variants.items():
                 with values_set(module, values):
                     jax.clear_caches()
-                    lowered = case.lowered()
+                    lowered = case.traced().lower()
                 compiled[case.name, name] = pool.submit(lowered.compile, compiler_options=NO_GRAPHS)
         for case in cases:
             for name, seconds in times(case, {n: compiled[case.name, n] for n in case.variants}).items():

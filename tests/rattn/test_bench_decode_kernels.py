@@ -1,0 +1,69 @@
+"""The benchmark of a step's kernels: a trace's kernels in their order, and every case lowers for a Hopper GPU."""
+
+import argparse
+import gzip
+import json
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from rattn.config import load_config, validate
+from rattn.decoding import attention_gpu, products_gpu
+from scripts import bench_decode_kernels
+from scripts.trace_costs import costs_by_kind, kernel_calls
+
+
+def write_trace(folder):
+    """Writes a trace of two GPUs and a host thread, its events in no order."""
+    events = [
+        {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "name": "process_name", "pid": 3, "args": {"name": "/device:GPU:1"}},
+        {"ph": "M", "name": "thread_name", "pid": 2, "tid": 7, "args": {"name": "Stream #7(Compute)"}},
+        {"ph": "M", "name": "thread_name", "pid": 2, "tid": 8, "args": {"name": "XLA Ops"}},
+        {"ph": "M", "name": "thread_name", "pid": 3, "tid": 7, "args": {"name": "Stream #7(Compute)"}},
+    ]
+    for pid, tid, start, name, micros in (
+        (2, 7, 30, "decode_attention", 4),
+        (2, 8, 10, "a step", 40),
+        (3, 7, 10, "decode_attention", 5),
+        (2, 7, 10, "decode_attention", 3),
+        (2, 7, 20, "gemm_fusion_dot_1", 2),
+    ):
+        events.append({"ph": "X", "pid": pid, "tid": tid, "ts": start, "dur": micros, "name": name})
+    (folder / "a.trace.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+
+
+def test_kernels_of_a_trace(tmp_path):
+    with pytest.raises(FileNotFoundError, match="profile a run first"):
+        kernel_calls(tmp_path)
+    write_trace(tmp_path)
+    names, seconds = zip(*kernel_calls(tmp_path), strict=True)
+    assert names == ("decode_attention", "gemm_fusion_dot_1", "decode_attention")
+    assert seconds == pytest.approx((3e-6, 2e-6, 4e-6))
+    kinds = costs_by_kind(tmp_path)
+    assert list(kinds) == ["softmax attention", "matrix products"]
+    assert kinds["softmax attention"]["kernels"] == [("decode_attention", pytest.approx(7e-6), 2)]
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_cases_lower_with_their_variants(monkeypatch):
+    monkeypatch.setattr(bench_decode_kernels, "COLD_BYTES", 1)
+    model = validate(load_config("configs/rattn_3b.py")).model
+    args = argparse.Namespace(tilings=["64:4:2:256"], tiles=["32:64:8"], rows=32)
+    cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "full:4:256")]
+    cases += [bench_decode_kernels.product_case(model, name, args) for name in ("down", "gate_up", "qkv")]
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    before = attention_gpu.TILE, dict(products_gpu.TILES)
+    for case in cases:
+        texts = set()
+        for module, values in case.variants.values():
+            with (
+                bench_decode_kernels.values_set(module, values),
+                use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
+            ):
+                jax.clear_caches()
+                texts.add(case.traced().lower(lowering_platforms=("cuda",)).as_text())
+        assert len(texts) == 2
+        assert all("__gpu$xla.gpu.triton" in text for text in texts)
+    assert before == (attention_gpu.TILE, dict(products_gpu.TILES))
