@@ -139,8 +139,11 @@ def attention_case(model, text, args):
     plan = attention_gpu.Plan(layer.window if local else S, layer.norm_epsilon)
 
     def run(own, shared):
-        positions = jnp.arange(S + attention_gpu.TILE) if layer.has_linear else jnp.full(B, known)
-        ones = jnp.ones((K, G, H), jnp.float32)
+        ones, scale, rotation = jnp.ones((K, G, H), jnp.float32), jnp.ones(H, jnp.float32), None
+        if layer.rope_theta is not None and layer.has_linear:
+            rotation = attention_gpu.ring_rotation(S, H, layer.rope_theta, scale, jnp.bfloat16)
+        elif layer.rope_theta is not None:
+            rotation = attention_gpu.Rotation(*rope_angles(jnp.full(B, known), H, layer.rope_theta))
         o_BKGH, k_BKSH, v_BKSH, _ = attention_gpu.attend(
             plan,
             shared["qkv_BKAH"],
@@ -149,8 +152,8 @@ def attention_case(model, text, args):
             jnp.full(B, known - 1, jnp.int32),
             jnp.full(B, known, jnp.int32),
             jnp.zeros((B, K), jnp.int32),
-            scales=(jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
-            angles=rope_angles(positions, H, layer.rope_theta) if layer.rope_theta is not None else None,
+            scales=(scale, scale) if layer.qk_norm else None,
+            rotation=rotation,
             state_BKPH=own.get("state_BKPH"),
             unfolded=jnp.int32(C // 2),
             branch_scales=(ones, ones) if layer.has_linear else None,

@@ -5,9 +5,10 @@ more program reads it, and the keys that wait for the fold. Who comes last adds 
 
     o = Σ e^(m_n − m) o_n / Σ e^(m_n − m) l_n        m_n and l_n: largest score and sum of a part
 
-and norms and adds the two branches. Queries, key and value come as they were projected. Part 0 begins with the new key
-and writes it to its slot, which nobody reads. Tiles are read from the oldest to the newest, those without a visible key
-not at all, so that the cost of a full layer follows the tokens in it and not its capacity.
+and norms and adds the two branches. Queries, key and value come as they were projected. Part 0 adds the new key and
+writes it to its slot, which nobody reads. Tiles are read from the oldest to the newest, those without a visible key not
+at all, so that the cost of a full layer follows the tokens in it and not its capacity. What a program takes besides is
+asked for all at once, before its first tile.
 
 Keys, dims of values and dims of the state are the long side of every matrix product and a group's queries the short
 one, for tensor cores multiply at least 16 by 8 and a group has few queries: [keys, Q] and [H, Q] come out.
@@ -15,6 +16,7 @@ one, for tensor cores multiply at least 16 by 8 and a group has few queries: [ke
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from rattn.decoding.attention_gpu_keys import PositionedKeys, ProjectedKeys, rotated
 from rattn.decoding.triton_gpu import exp, let_next_begin
+from rattn.model.layers import rope_angles
 
 # Queries of the smallest matrix product, and of the largest group.
 LEAST_QUERIES, MOST_QUERIES = 8, 16
@@ -33,6 +36,27 @@ WAITING_TILE, STATE_TILE, PARTS_TILE = 16, 32, 4
 # Programs that fill a GPU, and the fewest slots that are worth one.
 PROGRAMS, MIN_SLOTS = 512, 128
 LEAST = -1e30
+
+
+class Rotation(NamedTuple):
+    """Rotary positions of a call.
+
+    Attributes:
+      sin, cos: float32; of a ring [S + TILE, H/2], of positions 0, 1, …; of a full layer [B, H/2], of the new tokens.
+      turns_4TR: of a ring, what scales keys and rotates them by their place in their tile, in the keys' dtype.
+    """
+
+    sin: jax.Array
+    cos: jax.Array
+    turns_4TR: jax.Array | None = None
+
+
+def ring_rotation(slots: int, head_dim: int, theta: float, k_scale_H: jax.Array | None, dtype: jnp.dtype) -> Rotation:
+    """Returns the rotation of a ring of so many slots, the same in all calls."""
+    sin, cos = rope_angles(jnp.arange(slots + TILE), head_dim, theta)
+    a, b = (1.0, 1.0) if k_scale_H is None else jnp.split(k_scale_H[None], 2, axis=1)
+    turns_4TR = jnp.stack([cos[:TILE] * a, -sin[:TILE] * b, cos[:TILE] * b, sin[:TILE] * a])
+    return Rotation(sin, cos, turns_4TR.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +92,7 @@ def attend(
     arrivals_BK: jax.Array,
     *,
     scales: tuple[jax.Array, jax.Array] | None = None,
-    angles: tuple[jax.Array, jax.Array] | None = None,
+    rotation: Rotation | None = None,
     state_BKPH: jax.Array | None = None,
     unfolded: jax.Array | None = None,
     branch_scales: tuple[jax.Array, jax.Array] | None = None,
@@ -86,8 +110,7 @@ def attend(
       known_B: int32, how many tokens back a sequence reaches, itself included.
       arrivals_BK: int32, in which programs count themselves: zeros, also when the kernel is done.
       scales: float32 [H], of the norms of query and key, where there are any.
-      angles: float32 sines and cosines where there are rotary positions: with a state [S + TILE, H/2], of positions
-        0, 1, …; without [B, H/2], of the new token's.
+      rotation: where there are rotary positions; with a state that of its ring.
       state_BKPH: the state; o is then the sum of both branches, each normed.
       unfolded: int32, keys that left the window since the fold; with a state.
       branch_scales: float32 [K, G, H], of the norms of the softmax and the linear branch; with a state.
@@ -102,8 +125,10 @@ def attend(
     given = {"k": k_BKSH, "v": v_BKSH, "arrivals": arrivals_BK, "counts": counts_B3, "qkv": qkv_BKAH}
     if scales is not None:
         given["q scale"], given["k scale"] = scales
-    if angles is not None:
-        given["sin"], given["cos"] = angles
+    if rotation is not None:
+        given["sin"], given["cos"] = rotation.sin, rotation.cos
+    if linear and rotation is not None:
+        given["turns"] = rotation.turns_4TR
     if linear:
         given["state"] = state_BKPH
         given["softmax scale"], given["linear scale"] = branch_scales
@@ -132,9 +157,7 @@ def _kernel(plan, names, parts, *refs):
     here = _Program(plan, refs, parts)
 
     def read_keys():
-        new_k, new_v = here.new_key_and_value()
-        here.keep(new_k, new_v)
-        o, most, total = here.softmax_branch(new_k, new_v)
+        o, most, total = here.softmax_branch()
         if "o" not in refs:
             here.finish((o / total[None]).T)
             return
@@ -174,22 +197,18 @@ class _Program:
         return self._halves("qkv", self.rows, self.rows < self.G)
 
     def new_key_and_value(self):
-        """Returns the new token's key as it is kept, [1, H/2] twice, and its value [1, H]."""
+        """Returns the new token's key, [1, H/2] twice, and its value [1, H], as projected."""
         row = self.G + jnp.arange(1)
-        k = self._halves("qkv", row, row >= 0)
-        if not self.kept_as_projected:
-            k = self.positioned(k, "k scale", self.batch + jnp.arange(1))
-        return k, self._rows("qkv", row + 1, row >= 0, 0, self.H)
+        return self._halves("qkv", row, row >= 0), self._rows("qkv", row + 1, row >= 0, 0, self.H)
 
     def keep(self, k, v):
-        """Part 0 writes the new token's key and value."""
+        """Writes the new token's key and value."""
         slot = self.newest + jnp.arange(1)
-        valid = (slot < self.slots) & (self.part == 0)
         for name, first, x in (("kept k", 0, k[0]), ("kept k", self.half, k[1]), ("kept v", 0, v)):
-            index, mask = self._window(slot, valid, self.slots, first, x.shape[1])
+            index, mask = self._window(slot, slot < self.slots, self.slots, first, x.shape[1])
             plgpu.store(self.refs[name].at[self.batch, self.head, *index], x, mask=mask)
 
-    def softmax_branch(self, new_k, new_v):
+    def softmax_branch(self):
         """Returns Σ e^(s − m) v [H, Q], m [Q] and Σ e^(s − m) [Q] over the part's visible keys, float32."""
         tiles = -(-self.slots // TILE)
         newest_tile = self.newest // TILE
@@ -209,7 +228,8 @@ class _Program:
         per_part = (tiles + 1 - skipped + self.parts - 1) // self.parts
         first = skipped + self.part * per_part
         last = jnp.minimum(first + per_part, tiles + 1)
-        keys = ProjectedKeys(self, tiles, TILE) if self.kept_as_projected else PositionedKeys(self)
+        new_k, new_v = self.new_key_and_value()
+        keys = ProjectedKeys(self, tiles, TILE, place(first)[1]) if self.kept_as_projected else PositionedKeys(self)
 
         def read(i, carry):
             o, most, total, q = carry
@@ -225,11 +245,17 @@ class _Program:
             o = o * shrink[None] + self.dot(v, weights.astype(self.dtype), 0, 0)
             return o, now, total * shrink + jnp.sum(weights, axis=0), q
 
-        score = keys.score_of_new(new_k) * self.H**-0.5
-        begins = self.part == 0  # with the new key, whose weight is then 1
-        o = jnp.broadcast_to(jnp.where(begins, new_v.astype(jnp.float32), 0.0).T, (self.H, self.Q))
-        start = o, jnp.where(begins, score, LEAST), jnp.where(begins, jnp.ones_like(score), 0.0)
-        return jax.lax.fori_loop(first, last, read, (*start, keys.queries(place(first)[1])))[:3]
+        def with_new(o, most, total):
+            k = keys.kept(new_k)
+            self.keep(k, new_v)
+            score = keys.score_of_new(k) * self.H**-0.5
+            now = jnp.maximum(most, score)
+            shrink, weight = self.exp(most - now), self.exp(score - now)
+            return o * shrink[None] + new_v.astype(jnp.float32).T * weight[None], now, total * shrink + weight
+
+        start = jnp.zeros((self.H, self.Q), jnp.float32), jnp.full(self.Q, LEAST), jnp.zeros(self.Q, jnp.float32)
+        *found, _ = jax.lax.fori_loop(first, last, read, (*start, keys.start))
+        return jax.lax.cond(self.part == 0, with_new, lambda *x: x, *found)
 
     def linear_branch(self):
         """Returns φ(q) · the state and the keys that wait for the fold, [H, Q]."""
@@ -339,8 +365,9 @@ class _Program:
 
     def positioned(self, x, scale, rows):
         """Norms x and rotates it by these rows of the angles, with training's roundings."""
+        angles = self.angles(rows) if "sin" in self.refs else None
         x = self.normed(x, scale)
-        return self.rounded(rotated(x, self.angles(rows))) if "sin" in self.refs else x
+        return x if angles is None else self.rounded(rotated(x, angles))
 
     def angles(self, rows):
         """Loads sines and cosines of these rows, [rows, H/2] each."""
@@ -368,7 +395,8 @@ class _Program:
         return out
 
     def scales(self, name):
-        return [self.refs[name][pl.ds(i * self.half, self.half)][None] for i in (0, 1)]
+        halves = [self.refs[name][pl.ds(i * self.half, self.half)] for i in (0, 1)]
+        return [half[None] for half in halves]
 
     def rounded(self, x):
         return tuple(half.astype(self.dtype) for half in x)
@@ -376,8 +404,9 @@ class _Program:
     def normed(self, x, scale):
         if scale not in self.refs:
             return x
+        scales = self.scales(scale)
         inverse = self._inverse_rms(x)
-        return [self._scaled(half, inverse, by) for half, by in zip(x, self.scales(scale), strict=True)]
+        return [self._scaled(half, inverse, by) for half, by in zip(x, scales, strict=True)]
 
     def _inverse_rms(self, x):
         square = sum(jnp.sum(jnp.square(half.astype(jnp.float32)), axis=1) for half in x) / self.H

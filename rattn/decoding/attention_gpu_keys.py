@@ -10,20 +10,25 @@ import jax.numpy as jnp
 
 
 class PositionedKeys:
-    """Scores of keys that are kept as they are multiplied."""
+    """Scores of keys that are kept as they are multiplied.
+
+    Attributes:
+      q: the queries at their own position, [Q, H/2] twice.
+      start: the queries as `scores` takes them for the first tile.
+    """
 
     def __init__(self, program):
-        q = program.positioned(program.queries(), "q scale", program.batch + jnp.arange(1))
-        self.program, self.q = program, tuple(q)
+        self.program = program
+        self.q = self.start = tuple(program.positioned(program.queries(), "q scale", program.batch + jnp.arange(1)))
+
+    def kept(self, new_k):
+        """Returns the new key, as projected, as it is kept."""
+        return self.program.positioned(new_k, "k scale", self.program.batch + jnp.arange(1))
 
     def score_of_new(self, new_k):
         """Returns the products of the queries with the new key, [Q]."""
         products = (a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(self.q, new_k, strict=True))
         return sum(jnp.sum(x, axis=1) for x in products)
-
-    def queries(self, _):
-        """Returns the queries for a first tile whose first token has this age."""
-        return self.q
 
     def scores(self, q, k, _):
         """Returns the products [tile, Q] of a tile's keys and the queries, and the queries for the next tile."""
@@ -31,33 +36,35 @@ class PositionedKeys:
 
 
 class ProjectedKeys(PositionedKeys):
-    """Scores of keys that are kept as they were projected; positions count from the query."""
+    """Scores of keys that are kept as they were projected; positions count from the query.
 
-    def __init__(self, program, tiles, tile):
-        """Takes the program, how many tiles a ring has, and the slots of a tile."""
+    Queries are float32 where they turn from tile to tile.
+    """
+
+    def __init__(self, program, tiles, tile, age):
+        """Takes the program, how many tiles a ring has, the slots of a tile, and the age of the first tile's first."""
         self.program, self.tiles, self.tile = program, tiles, tile
-        self.q = program.normed(program.queries(), "q scale")
         self.norms, self.rotates = "k scale" in program.refs, "sin" in program.refs
-        self.k_scales = program.scales("k scale") if self.norms else (1.0, 1.0)
-        if self.rotates:
-            sin, cos = program.angles(jnp.arange(tile))
-            a, b = self.k_scales
-            # What scales keys and rotates them by their place in their tile.
-            self.turns = program.rounded((cos * a, -sin * b, cos * b, sin * a))
-            self.width = program.angles(tile + jnp.arange(1))
-            self.last_width = program.angles(program.slots % tile + jnp.arange(1))
+        q = program.queries()
+        if not self.rotates:
+            scales = program.scales("k scale") if self.norms else (1.0, 1.0)
+            self.q = program.normed(q, "q scale")
+            self.start = program.rounded(x.astype(jnp.float32) * by for x, by in zip(self.q, scales, strict=True))
+            return
+        self.turns = [program.refs["turns"][i] for i in range(4)]
+        self.width = program.angles(tile + jnp.arange(1))
+        self.last_width = program.angles(program.slots % tile + jnp.arange(1))
+        angles = program.angles(jnp.clip(age, 0, program.slots + tile - 1) + jnp.arange(1))
+        self.q = program.normed(q, "q scale")
+        self.start = rotated(self.q, angles)
+
+    def kept(self, new_k):
+        """As there."""
+        return new_k
 
     def score_of_new(self, new_k):
         """As there; the new key is at the query's position."""
         return super().score_of_new(self.program.normed(new_k, "k scale"))
-
-    def queries(self, age):
-        """Float32 where they turn from tile to tile."""
-        if self.rotates:
-            row = jnp.clip(age, 0, self.program.slots + self.tile - 1) + jnp.arange(1)
-            return rotated(self.q, self.program.angles(row))
-        by = (half.astype(jnp.float32) * scale for half, scale in zip(self.q, self.k_scales, strict=True))
-        return self.program.rounded(by)
 
     def scores(self, q, k, tile):
         """As there."""

@@ -250,7 +250,8 @@ class Decoder:
             lambda cache: cache,
             cache,
         )
-        return step.step(self.layers, self.model, self._kernels, weights, cache, tokens_B)
+        rotations = step.ring_rotations(self.layers, cache.layout, self._kernels, weights)
+        return step.step(self.layers, self.model, self._kernels, rotations, weights, cache, tokens_B)
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

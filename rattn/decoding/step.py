@@ -72,10 +72,30 @@ class Handed(NamedTuple):
     arrivals_BK: jax.Array | None
 
 
+def ring_rotations(
+    layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, weights: dict[str, Any]
+) -> tuple[attention_gpu.Rotation | None, ...]:
+    """Returns for each layer what its kernel positions keys with that are kept as projected, the same in all steps.
+
+    Made before a loop of steps: XLA would make it in each of them.
+    """
+
+    def of(layer: LayerSpec, w: Weights) -> attention_gpu.Rotation | None:
+        if kernels.attention == "none" or not layer.has_linear or layer.rope_theta is None:
+            return None
+        dtype = jnp.dtype(layout.dtype)
+        return attention_gpu.ring_rotation(
+            layout.slots(layer), layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype
+        )
+
+    return tuple(of(layer, w) for layer, w in zip(layers, weights["layers"], strict=True))
+
+
 def step(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
     kernels: Kernels,
+    rotations: tuple[attention_gpu.Rotation | None, ...],
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -88,6 +108,7 @@ def step(
       layers: the model's.
       model: `config.model`.
       kernels: what they run.
+      rotations: of `ring_rotations`.
       weights: the model's.
       cache: with the tokens before.
       tokens_B: each sequence's next token.
@@ -97,8 +118,10 @@ def step(
         kernels = dataclasses.replace(kernels, products="none")
     squares_PB = None if kernels.products == "none" else products_gpu.squares_of(x_BD)
     handed, kept = Handed(squares_PB, jnp.zeros((x_BD.shape[0], model.kv_heads), jnp.int32)), []
-    for layer, w, layer_cache in zip(layers, weights["layers"], cache.layers, strict=True):
-        x_BD, handed, layer_cache = _layer_step(layer, cache.layout, kernels, w, layer_cache, cache.clock, x_BD, handed)
+    for layer, rotation, w, layer_cache in zip(layers, rotations, weights["layers"], cache.layers, strict=True):
+        x_BD, handed, layer_cache = _layer_step(
+            layer, cache.layout, kernels, rotation, w, layer_cache, cache.clock, x_BD, handed
+        )
         kept.append(layer_cache)
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
 
@@ -134,12 +157,13 @@ def sampled_steps(
       int32 tokens [B, steps], and the cache with all but the last of them.
     """
     states = [{name: x for name, x in kept.items() if name == "state_BKPH"} for kept in cache.layers]
+    rotations = ring_rotations(layers, cache.layout, kernels, weights)
 
     def body(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
         rings, clock, tokens_B = carry
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-        logits_BV, after = step(layers, model, kernels, weights, Cache(whole, clock, cache.layout), tokens_B)
+        logits_BV, after = step(layers, model, kernels, rotations, weights, Cache(whole, clock, cache.layout), tokens_B)
         tokens_B = sample(logits_BV, keys_B, first + index, sampling)
         return (_rings(after), after.clock, tokens_B), tokens_B
 
@@ -160,6 +184,7 @@ def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
     kernels: Kernels,
+    rotation: attention_gpu.Rotation | None,
     weights: Weights,
     cache: LayerCache,
     clock: Clock,
@@ -177,7 +202,9 @@ def _layer_step(
         qkv_BKAH = qkv_BN.reshape(-1, *weights["qkv_KAHD"].shape[:-1])
     if kernels.attention != "none" and _kernel_fits(layer, x_BD.dtype):
         interpreted = kernels.attention == "interpreted"
-        o_BE, cache, arrivals_BK = _by_kernel(layer, layout, interpreted, weights, cache, clock, qkv_BKAH, arrivals_BK)
+        o_BE, cache, arrivals_BK = _by_kernel(
+            layer, layout, interpreted, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
+        )
     else:
         o_BE, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
     if squares_PB is None:
@@ -200,6 +227,7 @@ def _by_kernel(
     layer: LayerSpec,
     layout: CacheLayout,
     interpret: bool,
+    rotation: attention_gpu.Rotation | None,
     weights: Weights,
     cache: LayerCache,
     clock: Clock,
@@ -209,10 +237,8 @@ def _by_kernel(
     """Returns what `_by_xla` does, by the kernel, and `arrivals_BK`."""
     slots, now = layout.slots(layer), clock.after_a_step()
     slot_B = clock.length_B if layer.kind == "full" else jnp.broadcast_to(clock.steps % slots, clock.length_B.shape)
-    angles = None
-    if layer.rope_theta is not None:
-        positions = jnp.arange(slots + attention_gpu.TILE) if layer.has_linear else clock.length_B
-        angles = rope_angles(positions, layer.head_dim, layer.rope_theta)
+    if layer.rope_theta is not None and not layer.has_linear:
+        rotation = attention_gpu.Rotation(*rope_angles(clock.length_B, layer.head_dim, layer.rope_theta))
     plan = attention_gpu.Plan(
         window=layout.capacity if layer.kind == "full" else layout.kept_window(layer),
         epsilon=layer.norm_epsilon,
@@ -228,7 +254,7 @@ def _by_kernel(
         now.length_B - now.start_B,
         arrivals_BK,
         scales=(weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
-        angles=angles,
+        rotation=rotation,
         state_BKPH=cache.get("state_BKPH"),
         unfolded=now.unfolded,
         branch_scales=(weights["softmax_norm_KGH"], weights["linear_norm_KGH"]) if layer.has_linear else None,

@@ -10,7 +10,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas.residual_linear_attention.feature_map import features
 from rattn.decoding import attention_gpu
-from rattn.decoding.attention_gpu import TILE
 from rattn.model.layers import rms_norm, rope_angles, rotate
 from tests.rattn.decoding import test_parity
 
@@ -93,7 +92,8 @@ def test_keys_as_read(newest, known, window, group, normed, rotated):
     newest, known = (np.array(x, np.int32) for x in (newest, known))
     angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
     plan = attention_gpu.Plan(window, EPSILON, interpret=True)
-    attend = jax.jit(lambda *x: attention_gpu.attend(plan, *x, scales=scales, angles=angles))
+    rotation = attention_gpu.Rotation(*angles) if rotated else None
+    attend = jax.jit(lambda *x: attention_gpu.attend(plan, *x, scales=scales, rotation=rotation))
     found, kept_k, kept_v, arrivals = attend(qkv, k, v, newest, known, np.zeros((B, K), np.int32))
     assert not np.any(arrivals)
     q = positioned(qkv[:, :, :group], scales and scales[0], angles)
@@ -128,9 +128,10 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
     qkv, k, v, state, scales = arrays(slots, group, normed)
     known = np.array([400, 260], np.int32)
     ages = (newest - np.arange(slots)) % slots
-    angles, table = None, None
+    angles, rotation = None, None
     if rotated:
-        angles, table = jax.jit(lambda *x: [rope_angles(one, H, 1e4) for one in x])(-ages, np.arange(slots + TILE))
+        angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(-ages)
+        rotation = jax.jit(lambda: attention_gpu.ring_rotation(slots, H, 1e4, scales and scales[1], jnp.bfloat16))()
     plan = attention_gpu.Plan(window, EPSILON, normed_features, interpret=True)
     attend = jax.jit(functools.partial(attention_gpu.attend, plan))
     branch_scales = np.random.default_rng(6).uniform(0.5, 1.5, (2, K, group, H)).astype(np.float32)
@@ -142,7 +143,7 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
         "known_B": known,
         "arrivals_BK": np.zeros((B, K), np.int32),
         "scales": scales,
-        "angles": table,
+        "rotation": rotation,
         "state_BKPH": state,
         "unfolded": np.int32(unfolded),
     }
@@ -186,7 +187,7 @@ def test_the_kernel_lowers_for_a_hopper():
     given |= {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in ("newest_B", "known_B")}
     given["state_BKPH"] = jax.ShapeDtypeStruct((B, K, 256, 128), jnp.float32)
     given["unfolded"], given["scales"] = jax.ShapeDtypeStruct((), jnp.int32), (jax.ShapeDtypeStruct((128,), "f4"),) * 2
-    given["angles"] = (jax.ShapeDtypeStruct((528 + TILE, 64), jnp.float32),) * 2
+    given["rotation"] = jax.eval_shape(lambda: attention_gpu.ring_rotation(528, 128, 1e4, None, jnp.bfloat16))
     given["branch_scales"] = (jax.ShapeDtypeStruct((K, 4, 128), jnp.float32),) * 2
     given["arrivals_BK"] = jax.ShapeDtypeStruct((B, K), jnp.int32)
     attend = jax.jit(lambda **x: attention_gpu.attend(attention_gpu.Plan(512, 1e-6), **x))
