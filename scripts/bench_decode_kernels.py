@@ -160,10 +160,9 @@ def attention_case(model, text, args):
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 
-    names = ("TILE", "WARPS", "STAGES", "PROGRAMS")
     variants = {"in use": (attention_gpu, {})}
     for tiling in args.tilings:
-        variants[tiling] = attention_gpu, dict(zip(names, map(int, tiling.split(":")), strict=True))
+        variants[tiling] = attention_gpu, {"TILING": attention_gpu.Tiling(*map(int, tiling.split(":")))}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
     return Case(text, size, (own, shared), run, variants)
 

@@ -54,7 +54,7 @@ def test_cases_lower_with_their_variants(monkeypatch):
     cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "full:4:256")]
     cases += [bench_decode_kernels.product_case(model, name, args) for name in ("down", "gate_up", "qkv")]
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    before = attention_gpu.TILE, dict(products_gpu.TILES)
+    before = attention_gpu.TILING, dict(products_gpu.TILES)
     for case in cases:
         texts = set()
         for module, values in case.variants.values():
@@ -66,4 +66,4 @@ def test_cases_lower_with_their_variants(monkeypatch):
                 texts.add(case.traced().lower(lowering_platforms=("cuda",)).as_text())
         assert len(texts) == 2
         assert all("__gpu$xla.gpu.triton" in text for text in texts)
-    assert before == (attention_gpu.TILE, dict(products_gpu.TILES))
+    assert before == (attention_gpu.TILING, dict(products_gpu.TILES))
