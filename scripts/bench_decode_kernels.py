@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import tempfile
@@ -196,28 +197,35 @@ def product_case(model, name, args):
 def times(case, compiled):
     """Returns {variant: seconds of every call of the kernel}; what cannot be compiled or run costs its own line."""
     own, shared = case.shapes
-    keys = iter(jax.random.split(jax.random.key(0), 4 * case.count + 4))
+    keys = (jax.random.key(n) for n in itertools.count())
 
     def draw(shape):
         return jax.random.normal(next(keys), shape.shape, shape.dtype)
 
-    arrays, shared = [jax.tree.map(draw, own) for _ in range(case.count)], jax.tree.map(draw, shared)
-    ran = []
+    arrays, shared, able = None, jax.tree.map(draw, shared), {}
+    for name, future in compiled.items():
+        arrays = arrays or [jax.tree.map(draw, own) for _ in range(case.count)]
+        try:
+            run = future.result()
+            arrays, out = run(arrays, shared)
+            jax.block_until_ready(out)
+            able[name] = run
+        except Exception as error:  # Whatever it is, the other variants are worth having.
+            print(f"{case.name}, {name}: {type(error).__name__} {str(error).strip()[:150]}", flush=True)
+            arrays = None  # It may have used them up.
+    if not able:
+        return {}
+    arrays = arrays or [jax.tree.map(draw, own) for _ in range(case.count)]
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
-        for name, future in compiled.items():
-            try:
-                run = future.result()
-                for _ in range(CALLS):
-                    arrays, out = run(arrays, shared)
-                    jax.block_until_ready(out)
-                ran.append(name)
-            except Exception as error:  # Whatever it is, the other variants are worth having.
-                print(f"{case.name}, {name}: {type(error).__name__} {str(error).strip()[:150]}", flush=True)
+        for run in able.values():
+            for _ in range(CALLS):
+                arrays, out = run(arrays, shared)
+            jax.block_until_ready(out)
         jax.profiler.stop_trace()
         calls = [seconds for name, seconds in kernel_calls(pathlib.Path(folder)) if name.startswith("decode_")]
     each = CALLS * case.count
-    return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(ran)}
+    return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(able)}
 
 
 if __name__ == "__main__":
