@@ -28,8 +28,8 @@ from rattn.decoding.attention_gpu_program import LEAST, MOST_QUERIES, Program
 from rattn.decoding.attention_gpu_softmax import softmax_branch
 from rattn.model.layers import rope_angles
 
-# The fewest slots that are worth a program; parts that are added up at a time.
-MIN_SLOTS, PARTS_TILE = 128, 4
+# The fewest slots that are worth a program; parts of a head at most, for one program adds them up, and how many at a time.
+MIN_SLOTS, MOST_PARTS, PARTS_TILE = 128, 32, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def attend(
     G, S, dtype = A - 2, k_BKSH.shape[2], v_BKSH.dtype
     linear = state_BKPH is not None
     # One round of programs, as many as the GPU holds at a time, or as many as it takes.
-    parts = max(1, min(TILING.programs // (B * K) - linear, S // MIN_SLOTS))
+    parts = max(1, min(TILING.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
     given = {"k": k_BKSH, "v": v_BKSH, "arrivals": arrivals_BK, "counts": counts_B3, "qkv": qkv_BKAH}
