@@ -28,7 +28,7 @@ from rattn.decoding.attention_gpu_program import LEAST, MOST_QUERIES, Program
 from rattn.decoding.attention_gpu_softmax import softmax_branch
 from rattn.model.layers import rope_angles
 
-# The fewest slots that are worth a program; parts of a head at most, for one program adds them up, and how many at a time.
+# The fewest slots that are worth a program; parts of a head at most, which one program adds up; how many at a time.
 MIN_SLOTS, MOST_PARTS, PARTS_TILE = 128, 32, 4
 
 
