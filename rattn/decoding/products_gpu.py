@@ -212,12 +212,14 @@ class _Program:
         return sums.T
 
     def squares(self):
-        """Loads the sums of squares of the tiles that x was written in, [P, rows]."""
-        shape = (self.refs["squares"].shape[0], self.rows)
-        row = jnp.arange(self.rows)[None]
-        part = jnp.broadcast_to(jnp.arange(shape[0])[:, None], shape)
-        index = part, jnp.broadcast_to(jnp.where(row < self.B, row, self.B), shape)
-        return self.load("squares", index, jnp.broadcast_to(row < self.B, shape))
+        """Loads the sums of squares of the tiles that x was written in, [P or the next power of two, rows]."""
+        ref = self.refs["squares"]
+        P, shape = ref.shape[0], (pl.next_power_of_2(ref.shape[0]), self.rows)
+        part, row = (jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
+        if shape == ref.shape:
+            return ref[part, row]
+        index = jnp.where(part < P, part, P), jnp.where(row < self.B, row, self.B)
+        return plgpu.load(ref.at[index], mask=(part < P) & (row < self.B), other=0.0)
 
     def tile_of(self, rows, columns):
         """Returns the indices of these columns ([n], or [rows, n]) of rows, and which rows there are.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels_pallas import devices
 from rattn.decoding import layers, products_gpu
 from rattn.errors import UserError
 from rattn.generate import on_devices
@@ -37,12 +38,12 @@ def products(activation, given, interpret=True):
     return found
 
 
-def arrays(rows):
+def arrays(rows, width=D):
     """Draws rows, which differ in size, and weights."""
     random = np.random.default_rng(rows)
-    shapes = {"x": (rows, D), "o": (rows, E), "hidden": (rows, F)}
+    shapes = {"x": (rows, width), "o": (rows, E), "hidden": (rows, F)}
     given = {name: random.standard_normal(shape) * np.logspace(-1, 1, rows)[:, None] for name, shape in shapes.items()}
-    weights = {"qkv": (N, D), "out": (D, E), "gate_up": (2, F, D), "down": (D, F)}
+    weights = {"qkv": (N, width), "out": (width, E), "gate_up": (2, F, width), "down": (width, F)}
     given |= {name: random.standard_normal(shape) * shape[-1] ** -0.5 for name, shape in weights.items()}
     return {name: x.astype(jnp.bfloat16) for name, x in given.items()}
 
@@ -75,8 +76,8 @@ def by_hand(activation, given):
     return {name: (y, off + 2.0**-8 * (np.abs(y) + off)) for name, (y, off) in wanted.items()}
 
 
-def check_by_hand(rows, activation, interpret):
-    given = arrays(rows)
+def check_by_hand(rows, activation, interpret, width=D):
+    given = arrays(rows, width)
     found = {name: np.asarray(x, np.float64) for name, x in products(activation, given, interpret).items()}
     for name, (wanted, bound) in by_hand(activation, given).items():
         assert np.isfinite(found[name]).all(), name
@@ -99,17 +100,23 @@ def check_rows_alone(interpret):
         assert np.isnan(np.asarray(alone[name][3], np.float32)).all()
 
 
-@pytest.mark.parametrize(("rows", "activation"), [(1, "gelu"), (5, "silu"), (32, "gelu"), (64, "gelu")])
-def test_products_by_hand(rows, activation):
-    check_by_hand(rows, activation, interpret=True)
+@pytest.mark.parametrize(
+    ("rows", "activation", "width"),
+    [(1, "gelu", D), (5, "silu", D), (32, "gelu", D), (32, "silu", 3 * D), (64, "gelu", D)],
+)
+def test_products_by_hand(rows, activation, width):
+    check_by_hand(rows, activation, interpret=True, width=width)
 
 
 def test_a_row_does_not_depend_on_others():
     check_rows_alone(interpret=True)
 
 
-def test_the_kernels_lower_for_a_hopper():
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(5))
+@pytest.mark.parametrize("width", [D, 3 * D])
+def test_the_kernels_lower_for_a_hopper(monkeypatch, width):
+    """Also where x has no power of two of tiles, which Triton's arrays must have."""
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(5, width))
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         for activation in ACTIVATIONS:
@@ -188,6 +195,7 @@ def test_wrong_choices_are_refused(miniature):
 def test_on_a_gpu_products_by_hand():
     for rows, activation in ((1, "silu"), (5, "gelu"), (32, "gelu"), (48, "gelu"), (64, "silu")):
         check_by_hand(rows, activation, interpret=False)
+    check_by_hand(32, "gelu", interpret=False, width=3 * D)
     check_rows_alone(interpret=False)
 
 
