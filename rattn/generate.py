@@ -89,6 +89,7 @@ class Generator:
         fold_tokens: int = FOLD_TOKENS,
         state_dtype: str = "float32",
         attention: str = "auto",
+        products: str = "auto",
     ):
         """Lays the parameters out for decoding.
 
@@ -101,7 +102,7 @@ class Generator:
           prefill_tokens: most tokens of a prompt that go through the model at a time.
           fold_tokens: C (`rattn.decoding`); also how many tokens come at a time.
           state_dtype: "float32" or "bfloat16", of the states between tokens.
-          attention: "auto", "xla" or "pallas_gpu", as in `rattn.decoding.decoder.Decoder`.
+          attention, products: "auto", "xla" or "pallas_gpu", as in `rattn.decoding.decoder.Decoder`.
 
         Raises:
           UserError: a value that does not fit.
@@ -115,6 +116,7 @@ class Generator:
             fold_tokens=fold_tokens,
             state_dtype=state_dtype,
             attention=attention,
+            products=products,
         )
         self.vocabulary = vocabulary
         self.weights = self.decoder.weights(parameters)
@@ -359,6 +361,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         fold_tokens=values.fold_tokens,
         state_dtype=values.state_dtype,
         attention=values.attention,
+        products=values.products,
     )
     try:
         show(generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed), prompts)
@@ -384,6 +387,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fold_tokens", FOLD_TOKENS, "Tokens that come, and are added to the states, at a time.")
     flags.DEFINE_string("state_dtype", "float32", "Of the states: float32 or bfloat16.")
     flags.DEFINE_string("attention", "auto", "xla, pallas_gpu (a kernel for one GPU) or auto.")
+    flags.DEFINE_string("products", "auto", "xla, pallas_gpu (kernels for one Hopper GPU) or auto.")
     flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")
     flags.DEFINE_integer("model_devices", 1, "Devices that heads are spread over.")
     flags.DEFINE_bool("report", False, "Print what the cache takes, and generate nothing.")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
 from rattn.decoding import layers, prefill, products_gpu, step
@@ -52,7 +53,8 @@ class Decoder:
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
             `rattn.decoding.attention_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
           products: of a step with its weights: "xla", or "pallas_gpu", on one device, for models and batches that
-            `rattn.decoding.products_gpu` fits; its weights lie otherwise. "auto" as for `attention`.
+            `rattn.decoding.products_gpu` fits, and "xla" for the others; its weights lie otherwise. "auto" takes
+            "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -76,8 +78,11 @@ class Decoder:
         self.layers = layers.layer_specs(model)
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
         platform = sharding.mesh.devices.flat[0].platform
-        best = "pallas_gpu" if platform == "gpu" and sharding.mesh.size == 1 else "xla"
-        attention, products = (best if value == "auto" else value for value in (attention, products))
+        one_gpu = platform == "gpu" and sharding.mesh.size == 1
+        if attention == "auto":
+            attention = "pallas_gpu" if one_gpu else "xla"
+        if products == "auto":
+            products = "pallas_gpu" if one_gpu and devices.on_hopper() else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
         if not products_gpu.fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
