@@ -26,6 +26,8 @@ KINDS = {
 def kernel_calls(folder: pathlib.Path) -> list[tuple[str, float]]:
     """Returns name and seconds of every kernel on the first GPU of the newest trace under `folder`, in their order.
 
+    Seconds count from the end of the kernels before on its stream: a kernel that was let in early has only waited.
+
     Raises:
       FileNotFoundError: there is no trace.
     """
@@ -40,8 +42,13 @@ def kernel_calls(folder: pathlib.Path) -> list[tuple[str, float]]:
     for event in events:
         stream = threads.get((event.get("pid"), event.get("tid")), "")
         if event.get("ph") == "X" and event["pid"] == gpu and stream.startswith("Stream"):
-            calls.append((event["ts"], event["name"], event["dur"] * 1e-6))
-    return [(name, seconds) for _, name, seconds in sorted(calls)]
+            calls.append((event["ts"], event["name"], event["dur"], stream))
+    found, ended = [], collections.defaultdict(float)
+    for start, name, micros, stream in sorted(calls):
+        end = max(start + micros, ended[stream])
+        found.append((name, (end - max(start, ended[stream])) * 1e-6))
+        ended[stream] = end
+    return found
 
 
 def costs_by_kind(folder: pathlib.Path) -> dict[str, dict]:
