@@ -189,8 +189,12 @@ def product_case(model, name, args):
 
     variants = {"in use": (products_gpu, {})}
     for text in args.tiles:
-        tile = products_gpu.Tile(*map(int, text.split(":")), held)
-        variants[text] = products_gpu, {"TILES": products_gpu.TILES | {name: tile}}
+        values = {"TILES": products_gpu.TILES | {name: products_gpu.Tile(*map(int, text.split(":")), held)}}
+        with values_set(products_gpu, values):
+            if products_gpu.fits(jnp.bfloat16, {name: (columns, length)}):
+                variants[text] = products_gpu, values
+            else:  # It would leave some of the product out.
+                print(f"{name}, {text}: the tile does not divide {columns} columns of {length}", flush=True)
     return Case(name, 2 * held * columns * length, (own, shared), run, variants)
 
 
@@ -225,6 +229,9 @@ def times(case, compiled):
         jax.profiler.stop_trace()
         calls = [seconds for name, seconds in kernel_calls(pathlib.Path(folder)) if name.startswith("decode_")]
     each = CALLS * case.count
+    if len(calls) != each * len(able):
+        print(f"{case.name}: the trace has {len(calls)} kernels in place of {each * len(able)}", flush=True)
+        return {}
     return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(able)}
 
 
