@@ -24,7 +24,6 @@ def linear_branch(program):
         ages = program.plan.window + waiting
         valid = (waiting < program.unfolded) & (ages < program.known)
         slots = (program.newest - ages) % program.slots
-        slots = jnp.where(slots < 0, slots + program.slots, slots)
         k = program.load_halves("k", slots, valid)
         phi_k = _features(program, program.normed(k, "k scale") if program.plan.normed_features else k)
         scores = sum(program.dot(a, b, 1, 1) for a, b in zip(phi_k, phi_q, strict=True))

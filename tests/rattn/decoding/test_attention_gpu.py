@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
 from rattn.decoding import attention_gpu
 from rattn.model.layers import rms_norm, rope_angles, rotate
@@ -181,7 +182,19 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
     assert_within_rounding(both, wanted_softmax + wanted, roundings=3 + positions)
 
 
-def test_the_kernel_lowers_for_a_hopper():
+@pytest.mark.parametrize("check", ["read", "projected"])
+def test_many_parts(monkeypatch, check):
+    """More than are added up at a time and no multiple, some without a key that is seen, some without a tile."""
+    monkeypatch.setattr(attention_gpu, "MIN_SLOTS", 50)
+    monkeypatch.setattr(attention_gpu, "PARTS_TILE", 4)  # Six parts of 300 slots, five of 270.
+    if check == "read":
+        test_keys_as_read((5, 5), (1, 300), 300, 1, True, False)
+    else:
+        test_keys_as_projected_and_the_linear_branch(16, True, True, False, 40)
+
+
+def test_the_kernel_lowers_for_a_hopper(monkeypatch):
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
     shapes = {"qkv_BKAH": (B, K, 6, 128), "k_BKSH": (B, K, 528, 128), "v_BKSH": (B, K, 528, 128)}
     given = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     given |= {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in ("newest_B", "known_B")}
