@@ -6,7 +6,8 @@
 
 Attention is kind:batch, or kind:batch:context for layers that see everything. A tiling is slots:warps:stages:programs
 of `rattn.decoding.attention_gpu`, a tile columns:depth:warps of `rattn.decoding.products_gpu`. A time is that of one
-kernel on arrays that no cache holds, the median of some twenty with the extremes; the gap before it is not in it.
+kernel on arrays that no cache holds, the median of some twenty with the extremes, without the gap before it; it counts
+from the end of the kernel before, where that one let it in early.
 """
 
 import argparse
