@@ -230,7 +230,8 @@ def _finish(program, softmax):
 
 
 def _branch(program, x, scale):
-    x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / program.H + program.plan.epsilon)[:, None]
+    inverse = program.inverse_rms([x])
     index, mask = program.window(program.rows, program.rows < program.G, program.G, 0, program.H)
-    return x * inverse * plgpu.load(program.refs[scale].at[program.head, *index], mask=mask, other=0.0)
+    return (
+        x.astype(jnp.float32) * inverse * plgpu.load(program.refs[scale].at[program.head, *index], mask=mask, other=0.0)
+    )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rattn.decoding.triton_gpu import exp, let_next_begin
+from rattn.decoding.triton_gpu import cells, dot, exp, let_next_begin
 
 # Queries of the smallest matrix product, and of the largest group.
 LEAST_QUERIES, MOST_QUERIES = 8, 16
@@ -59,14 +59,8 @@ class Program:
         return plgpu.load(ref, mask=mask, other=other, volatile=True)
 
     def window(self, rows, valid, past, first, count):
-        """Returns the indices of [rows, count] columns and their mask.
-
-        A row that is not valid gets an index past the end: interpret mode applies the mask after the access.
-        """
-        shape = (rows.shape[0], count)
-        index = jnp.broadcast_to(jnp.where(valid, rows, past)[:, None], shape)
-        columns = jnp.broadcast_to(first + jnp.arange(count)[None], shape)
-        return (index, columns), jnp.broadcast_to(valid[:, None], shape)
+        """Returns the indices of `count` columns of rows, and their mask."""
+        return cells(rows, valid, past, first + jnp.arange(count))
 
     def load(self, name, rows, valid, first, count):
         """Loads [rows, count] columns of the head's part of an array, zero where not valid."""
@@ -141,9 +135,7 @@ class Program:
 
     def dot(self, a, b, a_dim, b_dim):
         """Sums over these dims, in float32."""
-        if self.plan.interpret:  # the CPU multiplies no bfloat16; the products are the same
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+        return dot(a, b, a_dim, b_dim, self.plan.interpret)
 
 
 def rotated(x, angles):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rattn.decoding.triton_gpu import let_next_begin
+from rattn.decoding.triton_gpu import cells, dot, let_next_begin
 
 # Rows of a product, at least and at most: more would not fit as what they are multiplied with.
 LEAST_ROWS, MOST_ROWS = 16, 64
@@ -200,7 +200,7 @@ class _Program:
             shape = (side.shape[0], tile.depth)
             columns = jnp.broadcast_to(column[:, None], shape), piece[:, None] * length + at
             rows, valid = self.tile_of(beside % self.rows, piece_beside[:, None] * length + at)
-            return sums + self.dot(refs["weights"][columns], self.load("x", rows, valid))
+            return sums + dot(refs["weights"][columns], self.load("x", rows, valid), 1, 1, self.interpret)
 
         start = jnp.zeros((side.shape[0], beside.shape[0]), jnp.float32)
         sums = jax.lax.fori_loop(0, length // tile.depth, read, start)
@@ -222,15 +222,8 @@ class _Program:
         return plgpu.load(ref.at[index], mask=(part < P) & (row < self.B), other=0.0)
 
     def tile_of(self, rows, columns):
-        """Returns the indices of these columns ([n], or [rows, n]) of rows, and which rows there are.
-
-        A row that there is not gets an index past the end: interpret mode applies the mask after the access.
-        """
-        columns = columns if columns.ndim == 2 else columns[None]
-        shape = (rows.shape[0], columns.shape[1])
-        valid = jnp.broadcast_to((rows < self.B)[:, None], shape)
-        index = jnp.broadcast_to(jnp.where(rows < self.B, rows, self.B)[:, None], shape)
-        return (index, jnp.broadcast_to(columns, shape)), valid
+        """Returns the indices of these columns ([n], or [rows, n]) of rows, and which rows there are."""
+        return cells(rows, rows < self.B, self.B, columns)
 
     def load(self, name, index, valid):
         """Loads what is valid, and zeros."""
@@ -238,8 +231,3 @@ class _Program:
         if self.rows == self.B:
             return ref[index]
         return plgpu.load(ref.at[index], mask=valid, other=jnp.zeros((), ref.dtype))
-
-    def dot(self, a, b):
-        if self.interpret:  # the CPU multiplies no bfloat16; the products are the same
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -81,9 +81,9 @@ def ring_rotations(
     """
 
     def of(layer: LayerSpec, w: Weights) -> attention_gpu.Rotation | None:
-        if kernels.attention == "none" or not layer.has_linear or layer.rope_theta is None:
-            return None
         dtype = jnp.dtype(layout.dtype)
+        if not _kernel_attends(kernels, layer, dtype) or not layer.has_linear or layer.rope_theta is None:
+            return None
         return attention_gpu.ring_rotation(
             layout.slots(layer), layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype
         )
@@ -117,7 +117,8 @@ def step(
     if x_BD.shape[0] > products_gpu.MOST_ROWS:
         kernels = dataclasses.replace(kernels, products="none")
     squares_PB = None if kernels.products == "none" else products_gpu.squares_of(x_BD)
-    handed, kept = Handed(squares_PB, jnp.zeros((x_BD.shape[0], model.kv_heads), jnp.int32)), []
+    arrivals_BK = None if kernels.attention == "none" else jnp.zeros((x_BD.shape[0], model.kv_heads), jnp.int32)
+    handed, kept = Handed(squares_PB, arrivals_BK), []
     for layer, rotation, w, layer_cache in zip(layers, rotations, weights["layers"], cache.layers, strict=True):
         x_BD, handed, layer_cache = _layer_step(
             layer, cache.layout, kernels, rotation, w, layer_cache, cache.clock, x_BD, handed
@@ -200,7 +201,7 @@ def _layer_step(
         qkv_ND = weights["qkv_KAHD"].reshape(-1, x_BD.shape[1])
         qkv_BN = products_gpu.project(x_BD, squares_PB, qkv_ND, layer.norm_epsilon, interpret=interpret)
         qkv_BKAH = qkv_BN.reshape(-1, *weights["qkv_KAHD"].shape[:-1])
-    if kernels.attention != "none" and _kernel_fits(layer, x_BD.dtype):
+    if _kernel_attends(kernels, layer, x_BD.dtype):
         interpreted = kernels.attention == "interpreted"
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, interpreted, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
@@ -218,9 +219,13 @@ def _layer_step(
     return x_BD, Handed(squares_PB, arrivals_BK), cache
 
 
-def _kernel_fits(layer: LayerSpec, dtype: jnp.dtype) -> bool:
+def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
     sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
-    return sees and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
+    return (
+        kernels.attention != "none"
+        and sees
+        and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
+    )
 
 
 def _by_kernel(

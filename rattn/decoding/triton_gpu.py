@@ -30,6 +30,24 @@ def let_next_begin(x: jax.Array, interpret: bool) -> jax.Array:
     return jnp.max(x)
 
 
+def cells(rows: jax.Array, valid: jax.Array, past: int, columns: jax.Array) -> tuple[tuple, jax.Array]:
+    """Returns the indices of columns, [n] or [rows, n], of rows, and the mask of those that are valid, [rows, n].
+
+    A row that is not valid gets the index `past`, past the end: interpret mode applies the mask after the access.
+    """
+    columns = columns if columns.ndim == 2 else columns[None]
+    shape = (rows.shape[0], columns.shape[1])
+    index = jnp.broadcast_to(jnp.where(valid, rows, past)[:, None], shape)
+    return (index, jnp.broadcast_to(columns, shape)), jnp.broadcast_to(valid[:, None], shape)
+
+
+def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int, interpret: bool) -> jax.Array:
+    """Sums over these dims, in float32."""
+    if interpret:  # the CPU multiplies no bfloat16; the products are the same
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def exp(x: jax.Array, less: jax.Array | float, interpret: bool) -> jax.Array:
     """Returns e^(x − less) of float32 arrays, to 2⁻²² of it and |less| · 2⁻²⁴; zero where float32 would be denormal.
 
