@@ -148,13 +148,17 @@ class Variant:
         values = self.values(measure)
         return statistics.stdev(values) if len(values) > 1 else None
 
+    def shared_seeds(self, other: "Variant") -> set[int]:
+        """Seeds of which both have a run."""
+        return {run.seed for run in self.runs} & {run.seed for run in other.runs}
+
     def paired(self, other: "Variant") -> tuple["Variant", "Variant"]:
         """Both with their runs of common seeds alone, or with all runs where they have none in common.
 
         A seed orders the rows, too, so a part of its luck is every variant's; a difference between means over different
         seeds would count it as the variant's own.
         """
-        shared = {run.seed for run in self.runs} & {run.seed for run in other.runs}
+        shared = self.shared_seeds(other)
         if not shared:
             return self, other
         return tuple(
@@ -172,8 +176,9 @@ class Variant:
     def differences(self, other: "Variant", measure: Callable[[Run], float]) -> list[float]:
         """What `excess` is the mean of: one a common seed, or the one difference of means."""
         ours, theirs = (variant.values(measure) for variant in self.paired(other))
-        same_seeds = {run.seed for run in self.runs} & {run.seed for run in other.runs}
-        return [a - b for a, b in zip(ours, theirs, strict=True)] if same_seeds else [self.excess(other, measure)]
+        if not self.shared_seeds(other):
+            return [self.excess(other, measure)]
+        return [a - b for a, b in zip(ours, theirs, strict=True)]
 
     def bins(self, kind: str, length: int = 1) -> list[Bin]:
         """The bins of `kind` at the own window and `length` contexts, their means averaged over seeds.
