@@ -2,12 +2,11 @@
 
     python -m scripts.bench_decode_kernels                                     # the 3B model's, as they are tuned
     python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
-    python -m scripts.bench_decode_kernels --attention --products down out --tiles 16:128:4 32:128:8
 
-Attention is kind:batch, or kind:batch:context for layers that see everything. A tiling is slots:warps:stages:programs
-of `rattn.decoding.attention_gpu`, a tile columns:depth:warps of `rattn.decoding.products_gpu`. A time is that of one
-kernel on arrays that no cache holds, the median of some twenty with the extremes, without the gap before it; it counts
-from the end of the kernel before, where that one let it in early.
+Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
+attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`. A time is that of one
+kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the
+extremes, without the gap before it; it counts from the end of the kernel before, where that one let it in early.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 
 from rattn import accounting, platform
 from rattn.config import load_config, validate
-from rattn.decoding import attention_gpu, products_gpu
+from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu
 from rattn.decoding.layers import layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
@@ -48,6 +47,7 @@ class Case:
       shapes: of one kernel's own arrays, and of those that all share.
       run: (own, shared) -> results, and own as it goes on.
       variants: {name: what to set in a module while it is traced}.
+      kernels: that make one; their times are added up.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Case:
     shapes: tuple[Any, Any]
     run: Callable[[Any, Any], tuple[Any, Any]]
     variants: dict[str, tuple[Any, dict[str, Any]]]
+    kernels: int = 1
 
     @property
     def count(self) -> int:
@@ -79,7 +80,7 @@ def main():
     args = arguments()
     model = validate(load_config(args.recipe)).model
     cases = [attention_case(model, text, args) for text in args.attention]
-    cases += [product_case(model, name, args) for name in args.products]
+    cases += [products_case(model, text) for text in args.products]
     rows = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = {}
@@ -106,9 +107,7 @@ def arguments():
     parser.add_argument("--recipe", default="configs/rattn_3b.py")
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
-    parser.add_argument("--products", nargs="*", default=list(products_gpu.TILES))
-    parser.add_argument("--tiles", nargs="*", default=[], help="columns:depth:warps, beside the one in use")
-    parser.add_argument("--rows", type=int, default=32, help="of the products")
+    parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     return parser.parse_args()
 
 
@@ -164,39 +163,35 @@ def attention_case(model, text, args):
 
     variants = {"in use": (attention_gpu, {})}
     for tiling in args.tilings:
-        variants[tiling] = attention_gpu, {"TILING": attention_gpu.Tiling(*map(int, tiling.split(":")))}
+        value = attention_gpu.Tiling(*map(int, tiling.split(":")))
+        variants[tiling] = attention_gpu, {"TILING": value, "FULL_TILING": value}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
     return Case(text, size, (own, shared), run, variants)
 
 
-def product_case(model, name, args):
-    """Builds a case of one product with its norm, residual or activation."""
-    columns, length = product_shapes(model)[name]
-    held = products_gpu.TILES[name].held
-    own = jax.ShapeDtypeStruct((held, columns, length), jnp.bfloat16)
-    shared = {
-        "x": jax.ShapeDtypeStruct((args.rows, length), jnp.bfloat16),
-        "residual": jax.ShapeDtypeStruct((args.rows, columns), jnp.bfloat16),
-    }
+def products_case(model, text):
+    """Builds the case of the products between two layers' attention."""
+    kind, rows = text.split(":")
+    rows, persistent = int(rows), kind == "pallas_gpu_persistent"
+    shapes, gate_columns = product_shapes(model), products_gpu.GATE_COLUMNS
+    columns, length = shapes["gate_up"]
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
+    own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
+    x_rows = products_persistent_gpu.ROWS if persistent else rows
+    shared = {"o": (rows, shapes["out"][1]), "x": (x_rows, model.width)}
+    shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
+    how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}
 
     def run(own, shared):
-        if name in ("out", "down"):
-            return products_gpu.add(name, shared["residual"], shared["x"], own[0], interpret=False), own
-        squares = products_gpu.squares_of(shared["x"])
-        if name == "qkv":
-            return products_gpu.project(shared["x"], squares, own[0], model.norm_epsilon, interpret=False), own
-        activation = ACTIVATIONS[model.activation]
-        return products_gpu.gate(shared["x"], squares, own, model.norm_epsilon, activation, interpret=False), own
+        o, x, weights = shared["o"], shared["x"], own["weights"]
+        if not persistent:
+            return products_gpu.run(o, x, weights, interpret=False, **how), own
+        *found, counters = products_persistent_gpu.run(o, x, weights, own["counters"], **how)
+        return found, own | {"counters": counters}
 
-    variants = {"in use": (products_gpu, {})}
-    for text in args.tiles:
-        values = {"TILES": products_gpu.TILES | {name: products_gpu.Tile(*map(int, text.split(":")), held)}}
-        with values_set(products_gpu, values):
-            if products_gpu.fits(jnp.bfloat16, {name: (columns, length)}):
-                variants[text] = products_gpu, values
-            else:  # It would leave some of the product out.
-                print(f"{name}, {text}: the tile does not divide {columns} columns of {length}", flush=True)
-    return Case(name, 2 * held * columns * length, (own, shared), run, variants)
+    size = 2 * sum(x.size for x in weights.values())
+    return Case(text, size, (own, shared), run, {"in use": (products_gpu, {})}, kernels=1 if persistent else 4)
 
 
 def times(case, compiled):
@@ -205,6 +200,8 @@ def times(case, compiled):
     keys = (jax.random.key(n) for n in itertools.count())
 
     def draw(shape):
+        if shape.dtype == jnp.int32:  # Counters begin at zero.
+            return jnp.zeros(shape.shape, shape.dtype)
         return jax.random.normal(next(keys), shape.shape, shape.dtype)
 
     arrays, shared, able = None, jax.tree.map(draw, shared), {}
@@ -230,9 +227,10 @@ def times(case, compiled):
         jax.profiler.stop_trace()
         calls = [seconds for name, seconds in kernel_calls(pathlib.Path(folder)) if name.startswith("decode_")]
     each = CALLS * case.count
-    if len(calls) != each * len(able):
-        print(f"{case.name}: the trace has {len(calls)} kernels in place of {each * len(able)}", flush=True)
+    if len(calls) != case.kernels * each * len(able):
+        print(f"{case.name}: the trace has {len(calls)} kernels, not {case.kernels * each * len(able)}", flush=True)
         return {}
+    calls = [sum(calls[i : i + case.kernels]) for i in range(0, len(calls), case.kernels)]
     return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(able)}
 
 

@@ -50,6 +50,9 @@ class Tiling:
 
 
 TILING = Tiling(slots=32, warps=2, stages=3, programs=512)
+# Without a state. A fourth stage leaves a multiprocessor no room for more than its share of programs, some of which
+# would otherwise come early, several to one.
+FULL_TILING = dataclasses.replace(TILING, stages=4)
 
 
 class Rotation(NamedTuple):
@@ -118,7 +121,7 @@ def attend(
 
     Args:
       plan: what is fixed.
-      qkv_BKAH: as projected: a head's G queries, its key and its value.
+      qkv_BKAH: as projected: a head's G queries, its key and its value; there may be more rows than sequences.
       k_BKSH: keys without the new one, which takes its slot; what is past the end is dropped.
       v_BKSH: values, likewise.
       newest_B: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
@@ -130,11 +133,12 @@ def attend(
       unfolded: int32, keys that left the window since the fold; with a state.
       branch_scales: float32 [K, G, H], of the norms of the softmax and the linear branch; with a state.
     """
-    B, K, A, H = qkv_BKAH.shape
-    G, S, dtype = A - 2, k_BKSH.shape[2], v_BKSH.dtype
+    B, K, S, H = k_BKSH.shape
+    G, dtype = qkv_BKAH.shape[2] - 2, v_BKSH.dtype
     linear = state_BKPH is not None
     # One round of programs, as many as the GPU holds at a time, or as many as it takes.
-    parts = max(1, min(TILING.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
+    tiling = TILING if linear else FULL_TILING
+    parts = max(1, min(tiling.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
     given = {"k": k_BKSH, "v": v_BKSH, "arrivals": arrivals_BK, "counts": counts_B3, "qkv": qkv_BKAH}
@@ -155,11 +159,11 @@ def attend(
     if linear:
         wanted["linear"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
     out = pl.pallas_call(
-        functools.partial(_kernel, plan, (*given, *wanted), parts),
+        functools.partial(_kernel, plan, tiling, (*given, *wanted), parts),
         grid=(parts + linear, B * K),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted.values()],
         input_output_aliases={0: 0, 1: 1, 2: 2},
-        compiler_params=plgpu.CompilerParams(num_warps=TILING.warps * max(1, H // 128), num_stages=TILING.stages),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps * max(1, H // 128), num_stages=tiling.stages),
         interpret=plan.interpret,
         name="decode_attention",
     )(*given.values())
@@ -167,9 +171,9 @@ def attend(
     return found["out"], found["kept k"], found["kept v"], found["arrived"]
 
 
-def _kernel(plan, names, parts, *refs):
+def _kernel(plan, tiling, names, parts, *refs):
     refs = dict(zip(names, refs, strict=True))
-    program = Program(plan, refs, parts, TILING.slots)
+    program = Program(plan, refs, parts, tiling.slots)
 
     def read_keys():
         o, most, total = softmax_branch(program)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
-from rattn.decoding import layers, prefill, products_gpu, step
+from rattn.decoding import layers, prefill, products_gpu, products_persistent_gpu, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
@@ -20,7 +20,7 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu")
-PRODUCTS = ("auto", "xla", "pallas_gpu")
+PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
 
 
 class Decoder:
@@ -30,7 +30,7 @@ class Decoder:
     lie along `data` and `fsdp`, heads along `model`.
 
     Attributes:
-      attention, products: what was taken for them, "xla" or "pallas_gpu".
+      attention, products: what was taken for them.
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class Decoder:
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
             `rattn.decoding.attention_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
-          products: of a step with its weights: "xla", or "pallas_gpu", on one device, for models and batches that
-            `rattn.decoding.products_gpu` fits, and "xla" for the others; its weights lie otherwise. "auto" takes
-            "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
+          products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
+            "pallas_gpu" (`rattn.decoding.products_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, on a
+            Hopper GPU), whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and
+            "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -67,10 +68,8 @@ class Decoder:
         for name, value, known in (("attention", attention, ATTENTIONS), ("products", products, PRODUCTS)):
             if value not in known:
                 raise UserError(f"{name} is {value!r}{nearest(value, known)}; use {', '.join(known)}.")
-            if value == "pallas_gpu" and sharding.mesh.size > 1:
-                raise UserError(
-                    f"{name}='pallas_gpu' runs on one device and there are {sharding.mesh.size}; use 'xla'."
-                )
+            if value.startswith("pallas_gpu") and sharding.mesh.size > 1:
+                raise UserError(f"{name}={value!r} runs on one device and there are {sharding.mesh.size}; use 'xla'.")
         if sharding.mesh.size > 1:
             spec = model_spec(model)
             sharding.parameters(spec.logical, spec.shapes)  # Raises where the mesh does not divide the model.
@@ -84,10 +83,12 @@ class Decoder:
         if products == "auto":
             products = "pallas_gpu" if one_gpu and devices.on_hopper() else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
-        if not products_gpu.fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
+        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_persistent": "persistent"}
+        fitting = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_gpu.fits}.get(products)
+        if fitting and not fitting(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
         self.attention, self.products = attention, products
-        self._kernels = step.Kernels(*(how if value == "pallas_gpu" else "none" for value in (attention, products)))
+        self._kernels = step.Kernels(kernels[attention], kernels[products])
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))

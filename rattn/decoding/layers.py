@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kernels_pallas.normed_sum.plain import forward as plain_normed_sum
+from rattn.decoding import products_gpu
 from rattn.model.layers import ACTIVATIONS, rms_norm
 from rattn.sharding import Sharding
 
@@ -25,10 +26,11 @@ LAYER_DIMS = {
     "out_ED": ("heads", "embed"),
     "gate_up_DCF": ("embed", None, "mlp"),
     "down_FD": ("mlp", "embed"),
-    # The same as `rattn.decoding.products_gpu` takes them, what is summed over last; norms' scales are in them.
+    # The same as `rattn.decoding.products_gpu` takes them, what is summed over last, J tiles of gate and up beside each
+    # other; norms' scales are in them.
     "qkv_KAHD": ("kv_heads", None, "head_dim", "embed"),
     "out_DE": ("embed", "heads"),
-    "gate_up_CFD": (None, "mlp", "embed"),
+    "gate_up_JCFD": ("mlp", None, None, "embed"),
     "down_DF": ("embed", "mlp"),
     "softmax_norm_KGH": ("kv_heads", None, "head_dim"),
     "linear_norm_KGH": ("kv_heads", None, "head_dim"),
@@ -43,7 +45,7 @@ EQUATIONS = {
     "out_ED": "...e,ed->...d",
     "out_DE": "...e,de->...d",
     "gate_up_DCF": "...d,dcf->...cf",
-    "gate_up_CFD": "...d,cfd->...cf",
+    "gate_up_JCFD": "...d,jcfd->...jcf",
     "down_FD": "...f,fd->...d",
     "down_DF": "...f,df->...d",
 }
@@ -200,10 +202,12 @@ def _for_products_gpu(weights: Weights, norms: Weights) -> dict[str, jax.Array]:
     """Multiplies the scales of the norms into the weights after them, and puts what is summed over last."""
     qkv_DKAH, gate_up_DCF = (weights[name].astype(jnp.float32) for name in ("qkv_DKAH", "gate_up_DCF"))
     mixer_D, mlp_D = (norms[name].astype(jnp.float32) for name in ("mixer_norm_D", "mlp_norm_D"))
+    D, C, _ = gate_up_DCF.shape
+    gate_up_DCJF = (gate_up_DCF * mlp_D[:, None, None]).reshape(D, C, -1, products_gpu.GATE_COLUMNS)
     return {
         "qkv_KAHD": jnp.moveaxis(qkv_DKAH * mixer_D[:, None, None, None], 0, -1),
         "out_DE": weights["out_ED"].T,
-        "gate_up_CFD": jnp.moveaxis(gate_up_DCF * mlp_D[:, None, None], 0, -1),
+        "gate_up_JCFD": jnp.transpose(gate_up_DCJF, (2, 1, 3, 0)),
         "down_DF": weights["down_FD"].T,
     }
 
@@ -266,9 +270,9 @@ def finish(layer: LayerSpec, weights: Weights, x: jax.Array, o: jax.Array) -> ja
     """Adds to x [..., D] what attention says, o [..., E], and then the feed-forward."""
     x = x + _times(o, weights, "out_ED", "out_DE")
     h = _normed(layer, weights, "mlp_norm_D", x)
-    gate_up = _times(h, weights, "gate_up_DCF", "gate_up_CFD")
+    gate_up = _times(h, weights, "gate_up_DCF", "gate_up_JCFD")
     hidden = ACTIVATIONS[layer.activation](gate_up[..., 0, :]) * gate_up[..., 1, :]
-    return x + _times(hidden, weights, "down_FD", "down_DF")
+    return x + _times(hidden.reshape(*x.shape[:-1], -1), weights, "down_FD", "down_DF")
 
 
 def embed(weights: Weights, tokens: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ those on the diagonal are added up. It reads every number once from shared memor
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +65,16 @@ class Tile:
 
 # For the 3B model at 32 rows on an H200, by scripts/bench_decode_kernels.py: programs read rows as often as there are
 # tiles, and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
+GATE_COLUMNS = 64  # of the gate, and then as many of up, in the weights
 TILES = {
     "qkv": Tile(columns=32, depth=128),
     "out": Tile(columns=16, depth=64),
-    "gate_up": Tile(columns=64, depth=128, held=2),
+    "gate_up": Tile(columns=GATE_COLUMNS, depth=128, held=2),
     "down": Tile(columns=16, depth=128),
 }
 
 
-def fits(dtype: jnp.dtype, shapes: dict[str, tuple[int, int]]) -> bool:
+def fits(dtype: jnp.dtype, shapes: Mapping[str, tuple[int, int]]) -> bool:
     """Returns whether the kernels take the products whose columns and length of sum `shapes` gives by name."""
     whole = all(
         not columns % TILES[name].columns and not length % (TILES[name].pieces * TILES[name].depth)
@@ -82,10 +83,32 @@ def fits(dtype: jnp.dtype, shapes: dict[str, tuple[int, int]]) -> bool:
     return dtype == jnp.bfloat16 and whole
 
 
-def squares_of(x_BD: jax.Array) -> jax.Array:
-    """Returns float32 squares_PB, the sums of x's squares by tiles, as `add` does for "down"."""
-    parts_BPC = x_BD.astype(jnp.float32).reshape(x_BD.shape[0], -1, TILES["down"].columns)
-    return jnp.sum(parts_BPC * parts_BPC, axis=2).T
+def run(
+    o_BE: jax.Array,
+    x_BD: jax.Array,
+    weights: Mapping[str, jax.Array],
+    *,
+    epsilon: float,
+    activation: Callable[[jax.Array], jax.Array],
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the residual stream x_BD and the next layer's qkv [B, columns], or None, both in bfloat16.
+
+    Args:
+      o_BE: bfloat16, what attention says.
+      x_BD: bfloat16, the residual stream.
+      weights: bfloat16 by product, [columns, length of sum]; "qkv" where a layer follows. Gate and up are
+        [tiles, 2, GATE_COLUMNS, length].
+      epsilon: of the norms.
+      activation: of the gate.
+      interpret: run on a CPU, to test it.
+    """
+    x_BD, squares_PB = add("out", x_BD, o_BE, weights["out"], interpret=interpret)
+    hidden_BF = gate(x_BD, squares_PB, weights["gate_up"], epsilon, activation, interpret=interpret)
+    x_BD, squares_PB = add("down", x_BD, hidden_BF, weights["down"], interpret=interpret)
+    if "qkv" not in weights:
+        return x_BD, None
+    return x_BD, project(x_BD, squares_PB, weights["qkv"], epsilon, interpret=interpret)
 
 
 def project(
@@ -114,14 +137,14 @@ def add(
 def gate(
     x_BD: jax.Array,
     squares_PB: jax.Array,
-    weights_CFD: jax.Array,
+    weights_JCFD: jax.Array,
     epsilon: float,
     activation: Callable[[jax.Array], jax.Array],
     *,
     interpret: bool,
 ) -> jax.Array:
-    """Returns activation(rms_norm(x) · G) ⊙ rms_norm(x) · U, [B, F] in bfloat16; G and U are C's two."""
-    weights_ND = weights_CFD.reshape(-1, weights_CFD.shape[2])
+    """Returns activation(rms_norm(x) · G) ⊙ rms_norm(x) · U, [B, F] in bfloat16; G and U are C's two in J tiles."""
+    weights_ND = weights_JCFD.reshape(-1, weights_JCFD.shape[-1])
     (out,) = _product(
         "gate_up", x_BD, weights_ND, interpret, squares=squares_PB, epsilon=epsilon, activation=activation
     )
@@ -191,9 +214,7 @@ class _Program:
         held, length = tile.held * tile.columns, self.length // tile.pieces
         side, beside = jnp.arange(tile.pieces * held), jnp.arange(tile.pieces * self.rows)
         piece, piece_beside = side // held, beside // self.rows
-        column = self.first + side % tile.columns
-        if tile.held > 1:
-            column += side % held // tile.columns * refs["out"].shape[1]
+        column = self.number * held + side % held
 
         def read(i, sums):
             at = i * tile.depth + jnp.arange(tile.depth)[None]

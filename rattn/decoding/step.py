@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import attention_gpu, products_gpu
+from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu
 from rattn.decoding.cache import (
     Cache,
     CacheLayout,
@@ -49,27 +49,37 @@ MIN_SPLIT = 256
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """How the kernels of a step run: "none", "compiled" or "interpreted".
+    """Which kernels a step runs.
 
     Attributes:
-      attention: `rattn.decoding.attention_gpu`, in layers that it fits.
-      products: `rattn.decoding.products_gpu`, for up to its MOST_ROWS; the weights lie as it takes them.
+      attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
+      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent",
+        `rattn.decoding.products_persistent_gpu`, for up to its ROWS; the weights lie as both take them.
     """
 
     attention: str
     products: str
 
+    @property
+    def persistent(self) -> bool:
+        """Whether one kernel has all products between two layers' attention."""
+        return self.products == "persistent"
+
 
 class Handed(NamedTuple):
-    """What a layer hands to the next, beside the residual stream, for its kernels.
+    """What a layer hands to the next.
 
     Attributes:
-      squares_PB: sums of x_BD's squares, where products are kernels.
-      arrivals_BK: zeros, where attention is.
+      x_BD: the residual stream; ROWS rows, of which the first B are the sequences', where products are one kernel.
+      qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
+      arrivals_BK: zeros, where attention is a kernel.
+      counters: of products, where they are one kernel.
     """
 
-    squares_PB: jax.Array | None
+    x_BD: jax.Array
+    qkv_BKAH: jax.Array | None
     arrivals_BK: jax.Array | None
+    counters: tuple[jax.Array, jax.Array] | None
 
 
 def ring_rotations(
@@ -113,18 +123,45 @@ def step(
       cache: with the tokens before.
       tokens_B: each sequence's next token.
     """
-    x_BD = embed(weights["model"], tokens_B)
-    if x_BD.shape[0] > products_gpu.MOST_ROWS:
+    B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
+    most_rows = products_persistent_gpu.ROWS if kernels.persistent else products_gpu.MOST_ROWS
+    if most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
-    squares_PB = None if kernels.products == "none" else products_gpu.squares_of(x_BD)
-    arrivals_BK = None if kernels.attention == "none" else jnp.zeros((x_BD.shape[0], model.kv_heads), jnp.int32)
-    handed, kept = Handed(squares_PB, arrivals_BK), []
-    for layer, rotation, w, layer_cache in zip(layers, rotations, weights["layers"], cache.layers, strict=True):
-        x_BD, handed, layer_cache = _layer_step(
-            layer, cache.layout, kernels, rotation, w, layer_cache, cache.clock, x_BD, handed
+    per_layer = weights["layers"]
+    handed = Handed(
+        x_BD=jnp.pad(x_BD, ((0, products_persistent_gpu.ROWS - B), (0, 0))) if kernels.persistent else x_BD,
+        qkv_BKAH=project(layers[0], per_layer[0], x_BD),
+        arrivals_BK=None if kernels.attention == "none" else jnp.zeros((B, model.kv_heads), jnp.int32),
+        counters=products_persistent_gpu.zero_counters() if kernels.persistent else None,
+    )
+    kept = []
+    for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
+        following, kept_next = None, ()
+        if number + 1 < len(layers):
+            following = per_layer[number + 1]
+            kept_next = _read_next(kernels, layers[number + 1], cache.layers[number + 1])
+        handed, layer_cache = _layer_step(
+            layer,
+            cache.layout,
+            kernels,
+            rotation,
+            per_layer[number],
+            following,
+            kept_next,
+            layer_cache,
+            cache.clock,
+            handed,
         )
         kept.append(layer_cache)
+    x_BD = handed.x_BD[:B]
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
+
+
+def _read_next(kernels: Kernels, layer: LayerSpec, cache: LayerCache) -> tuple[jax.Array, ...]:
+    """Returns what the attention kernel of a local layer reads first, for who may bring it to the L2 cache."""
+    if not kernels.persistent or kernels.attention == "none" or layer.kind == "full" or not layer.has_softmax:
+        return ()
+    return cache["k_BKSH"], cache["v_BKSH"]
 
 
 def sampled_steps(
@@ -187,36 +224,38 @@ def _layer_step(
     kernels: Kernels,
     rotation: attention_gpu.Rotation | None,
     weights: Weights,
+    following: Weights | None,
+    kept_next: tuple[jax.Array, ...],
     cache: LayerCache,
     clock: Clock,
-    x_BD: jax.Array,
     handed: Handed,
-) -> tuple[jax.Array, Handed, LayerCache]:
-    """One layer's part of `step`; `clock` is the one before the token."""
-    squares_PB, arrivals_BK = handed
-    interpret = kernels.products == "interpreted"
-    if squares_PB is None:
-        qkv_BKAH = project(layer, weights, x_BD)
-    else:
-        qkv_ND = weights["qkv_KAHD"].reshape(-1, x_BD.shape[1])
-        qkv_BN = products_gpu.project(x_BD, squares_PB, qkv_ND, layer.norm_epsilon, interpret=interpret)
-        qkv_BKAH = qkv_BN.reshape(-1, *weights["qkv_KAHD"].shape[:-1])
+) -> tuple[Handed, LayerCache]:
+    """One layer's part of `step`: its attention and feed-forward, and the projections of the `following` layer.
+
+    `kept_next` is of the following layer's cache, as `_read_next` chose; `clock` is the one before the token.
+    """
+    x_BD, qkv_BKAH, arrivals_BK, counters = handed
     if _kernel_attends(kernels, layer, x_BD.dtype):
         interpreted = kernels.attention == "interpreted"
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, interpreted, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
         )
     else:
-        o_BE, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH)
-    if squares_PB is None:
-        return finish(layer, weights, x_BD, o_BE), Handed(None, arrivals_BK), cache
-    x_BD, squares_PB = products_gpu.add("out", x_BD, o_BE, weights["out_DE"], interpret=interpret)
-    activation = ACTIVATIONS[layer.activation]
-    hidden_BF = products_gpu.gate(
-        x_BD, squares_PB, weights["gate_up_CFD"], layer.norm_epsilon, activation, interpret=interpret
-    )
-    x_BD, squares_PB = products_gpu.add("down", x_BD, hidden_BF, weights["down_DF"], interpret=interpret)
-    return x_BD, Handed(squares_PB, arrivals_BK), cache
+        o_BE, cache = _by_xla(layer, layout, weights, cache, clock, qkv_BKAH[: clock.length_B.shape[0]])
+    if kernels.products == "none":
+        x_BD = finish(layer, weights, x_BD, o_BE)
+        qkv_BKAH = project(layer, following, x_BD) if following else None
+        return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
+    given = {"out": weights["out_DE"], "gate_up": weights["gate_up_JCFD"], "down": weights["down_DF"]}
+    if following:
+        given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
+    how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
+    if kernels.persistent:
+        x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, read_next=kept_next, **how)
+    else:
+        x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
+    qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
+    return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
 
 
 def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:

@@ -26,7 +26,7 @@ MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def products(activation, given, interpret=True):
     """Runs the four kernels on arrays of their own."""
-    x, squares = given["x"], products_gpu.squares_of(given["x"])
+    x, squares = given["x"], jnp.sum(jnp.square(given["x"].astype(jnp.float32)), axis=1)[None]
     act = ACTIVATIONS[activation]
     found = {
         "qkv": products_gpu.project(x, squares, given["qkv"], EPSILON, interpret=interpret),
@@ -43,7 +43,7 @@ def arrays(rows, width=D):
     random = np.random.default_rng(rows)
     shapes = {"x": (rows, width), "o": (rows, E), "hidden": (rows, F)}
     given = {name: random.standard_normal(shape) * np.logspace(-1, 1, rows)[:, None] for name, shape in shapes.items()}
-    weights = {"qkv": (N, width), "out": (width, E), "gate_up": (2, F, width), "down": (width, F)}
+    weights = {"qkv": (N, width), "out": (width, E), "gate_up": (F // 64, 2, 64, width), "down": (width, F)}
     given |= {name: random.standard_normal(shape) * shape[-1] ** -0.5 for name, shape in weights.items()}
     return {name: x.astype(jnp.bfloat16) for name, x in given.items()}
 
@@ -63,7 +63,8 @@ def by_hand(activation, given):
     x, wanted = given["x"], {}
     normed = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPSILON)
     wanted["qkv"] = product(normed, given["qkv"])
-    (g, off_g), (u, off_u) = (product(normed, w) for w in given["gate_up"])
+    gate, up = (given["gate_up"][:, which].reshape(-1, x.shape[1]) for which in (0, 1))
+    (g, off_g), (u, off_u) = (product(normed, w) for w in (gate, up))
     if activation == "silu":
         act = g / (1 + np.exp(-g))
     else:
@@ -135,16 +136,16 @@ def test_what_fits():
     assert not products_gpu.fits(jnp.bfloat16, {"down": (2048, 6656 + 128)})
 
 
-def check_model(miniature, attention, changes):
+def check_model(miniature, attention, changes, products="pallas_gpu"):
     """A model decodes with its products by kernel as with XLA's: prompts of three lengths and five tokens.
 
     Both keep a layer's activations in bfloat16, rounded up to 14 times a layer by up to 2⁻⁸ of their size, evenly
     spread, and its weights: √(2 · 15 · L) · 2⁻⁸ / √3 root mean square, as in `test_parity`.
     """
     found = []
-    for products_by in ("xla", "pallas_gpu"):
+    for products_by in ("xla", products):
         mini = miniature(fold_tokens=3, attention=attention, products=products_by, **changes)
-        assert ("out_DE" in mini.weights["layers"][0]) == (products_by == "pallas_gpu")
+        assert ("out_DE" in mini.weights["layers"][0]) == (products_by == products)
         logits, cache = mini.chunk(mini.decoder.empty_cache(3, 24), prefix(LENGTHS), 10)
         steps, _ = mini.steps(cache, following(LENGTHS, 5))
         found.append((np.concatenate(logits), steps))
@@ -181,7 +182,8 @@ def test_weights_lie_in_one_way_only(miniature):
     assert set(other) <= set(layers.LAYER_DIMS)
     np.testing.assert_array_equal(np.asarray(one["down_FD"], np.float32).T, np.asarray(other["down_DF"], np.float32))
     scaled = np.asarray(one["gate_up_DCF"], np.float32) * np.asarray(one["mlp_norm_D"])[:, None, None]
-    folded = np.asarray(other["gate_up_CFD"], np.float32)
+    folded_CJFD = np.swapaxes(np.asarray(other["gate_up_JCFD"], np.float32), 0, 1)
+    folded = folded_CJFD.reshape(2, -1, scaled.shape[0])
     # One was rounded before the scale and the other after it, each by up to 2⁻⁸ of itself.
     np.testing.assert_allclose(np.moveaxis(folded, -1, 0), scaled, rtol=2 * 2.0**-8 / (1 - 2.0**-8), atol=0)
 

@@ -1,0 +1,231 @@
+"""The products between two layers as one kernel: lowered for a Hopper GPU, and by hand where there is one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from kernels_pallas import devices
+from rattn.decoding import layers, products_persistent_gpu
+from rattn.decoding.products_gpu import GATE_COLUMNS
+from rattn.model.layers import ACTIVATIONS
+from tests.rattn.decoding.conftest import TWO_MIXERS
+from tests.rattn.decoding.test_products import check_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+# Of the products "out", "gate_up", "down", "qkv": one copy a tile and several, one tile a program, none and several.
+WIDE = {"out": (1024, 512), "gate_up": (1536, 1024), "down": (1024, 1536), "qkv": (768, 1024)}
+DEEP = {"out": (2048, 2048), "gate_up": (6656, 2048), "down": (2048, 6656), "qkv": (3072, 2048)}
+MANY = {"out": (1024, 256), "gate_up": (10240, 1024), "down": (1024, 10240), "qkv": (17408, 1024)}
+EPSILON = 1e-6
+MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 1024, "mlp_width": 1024} | TWO_MIXERS
+
+
+def arrays(rows, shapes):
+    """Draws rows, which differ in size, and weights; the rows of x past those that count hold no number."""
+    random = np.random.default_rng(rows)
+    sizes = np.logspace(-1, 1, rows)[:, None]
+    width, length = shapes["out"]
+    given = {"o": random.standard_normal((rows, length)) * sizes}
+    x = np.full((products_persistent_gpu.ROWS, width), np.nan)
+    x[:rows] = random.standard_normal((rows, width)) * sizes
+    given["x"] = x
+    weights = {}
+    for name, (columns, length) in shapes.items():
+        shape = (columns, length)
+        if name == "gate_up":
+            shape = (columns // GATE_COLUMNS, 2, GATE_COLUMNS, length)
+        weights[name] = (random.standard_normal(shape) * length**-0.5).astype(jnp.bfloat16)
+    return {name: x.astype(jnp.bfloat16) for name, x in given.items()} | {"weights": weights}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def products(activation, given, times=1):
+    """Runs the kernel on arrays of its own, so many times over, each with the counters of the one before."""
+    counters = products_persistent_gpu.zero_counters()
+    for _ in range(times):
+        x, qkv, counters = products_persistent_gpu.run(
+            given["o"], given["x"], given["weights"], counters, epsilon=EPSILON, activation=ACTIVATIONS[activation]
+        )
+    rows = given["o"].shape[0]
+    return {"x": x[:rows], "counters": counters} | ({} if qkv is None else {"qkv": qkv[:rows]})
+
+
+def by_hand(activation, given):
+    """Returns each result in float64, and the most that a kernel's may differ.
+
+    What is added up in float32 differs by up to 2⁻²³ of its terms' sizes for each of them: half of it would do if sums
+    were rounded to the nearest, which a tensor core does not promise. Each product is rounded to bfloat16, 2⁻⁸ of it,
+    and what it is off by is multiplied by the weights after it. An activation is 1.13 times as far off as what it
+    takes, or less, and its own arithmetic a few units of float32.
+    """
+    rows = given["o"].shape[0]
+    weights = {name: np.asarray(w, np.float64) for name, w in given["weights"].items()}
+    o, x = (np.asarray(given[name][:rows], np.float64) for name in ("o", "x"))
+
+    def product(x, off, w):
+        return x @ w.T, (off + np.abs(x) * x.shape[1] * 2.0**-23) @ np.abs(w).T
+
+    def rounded(y, off):
+        return y, off + 2.0**-8 * (np.abs(y) + off)
+
+    def normed(x, off):
+        root = np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPSILON)
+        # The norm of what x is off by, too, changes the root; and so do its sums of squares in float32.
+        off_root = np.sqrt(np.mean(off * off, axis=1, keepdims=True)) + 2.0**-23 * x.shape[1] * root
+        return x / root, (off + np.abs(x) * off_root / root) / root
+
+    y, off = product(o, np.zeros_like(o), weights["out"])
+    x, off_x = rounded(x + y, off + 2.0**-22 * np.abs(x))
+    n, off_n = normed(x, off_x)
+    gate, up = (weights["gate_up"][:, which].reshape(-1, x.shape[1]) for which in (0, 1))
+    (g, off_g), (u, off_u) = (product(n, off_n, w) for w in (gate, up))
+    if activation == "silu":
+        act = g / (1 + np.exp(-g))
+    else:
+        act = g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) / 2
+    off_act = 1.13 * off_g + 2.0**-20 * np.abs(g)
+    hidden, off_hidden = rounded(act * u, off_act * np.abs(u) + off_u * (np.abs(act) + off_act))
+    y, off = product(hidden, off_hidden, weights["down"])
+    x, off_x = rounded(x + y, off_x + off + 2.0**-22 * np.abs(x))
+    wanted = {"x": (x, off_x)}
+    if "qkv" in weights:
+        wanted["qkv"] = rounded(*product(*normed(x, off_x), weights["qkv"]))
+    return wanted
+
+
+def assert_by_hand(found, wanted):
+    """Compares with the bound for every number, and with what independent roundings make of it for all together.
+
+    The bound of `by_hand` adds up the sizes of all errors; errors of either sign make about its square root, so that a
+    number left out of a sum would hide in it. Roundings of 2⁻⁸ / √3 root mean square, evenly spread: of x', of n's
+    parts, of hidden and of the result, with some amplification by the products between them.
+    """
+    for name, (value, bound) in wanted.items():
+        ours = np.asarray(found[name], np.float64)
+        assert np.isfinite(ours).all(), name
+        assert (np.abs(ours - value) <= bound).all(), name
+        error = np.sqrt(np.mean((ours - value) ** 2, axis=1) / np.mean(value**2, axis=1))
+        assert (error > 0).all(), name
+        assert error.max() < np.sqrt(5 / 3) * 2.0**-8, name
+
+
+def test_the_reference_is_the_model(miniature):
+    """`by_hand` is what XLA makes of a layer's weights, so that the kernel and the model are held to one thing."""
+    given = arrays(3, {"out": (1024, 256), "gate_up": (1024, 1024), "down": (1024, 1024), "qkv": (512, 1024)})
+    layer = layers.layer_specs(miniature(fold_tokens=3, **MINIATURE).model)[0]
+    w = given["weights"]
+    laid_out = {"out_DE": w["out"], "gate_up_JCFD": w["gate_up"], "down_DF": w["down"]}
+    laid_out["qkv_KAHD"] = w["qkv"].reshape(2, 4, 64, 1024)
+    x = layers.finish(layer, laid_out, jnp.asarray(given["x"][:3]), jnp.asarray(given["o"]))
+    found = {"x": x, "qkv": layers.project(layer, laid_out, x).reshape(3, -1)}
+    for name, (value, _) in by_hand(layer.activation, given).items():
+        error = np.sqrt(np.mean((np.asarray(found[name], np.float64) - value) ** 2) / np.mean(value**2))
+        # XLA rounds the products too: nine roundings where the kernel has five.
+        assert 0 < error < np.sqrt(9 / 3) * 2.0**-8, name
+
+
+@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
+@pytest.mark.parametrize("rows", [1, 32, 64])
+def test_the_kernel_lowers_for_a_hopper(shapes, rows):
+    assert products_persistent_gpu.fits(jnp.bfloat16, shapes)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(rows, shapes))
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        text = products.trace("gelu", given, 2).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2(") == 2
+    # Counters are counted where they lie.
+    assert text.count("#stablehlo.output_operand_alias<") == 4
+
+
+@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
+def test_every_column_is_some_program_s(shapes):
+    """Of each product all tiles, each once."""
+    for name, shape in shapes.items():
+        product = products_persistent_gpu.divided(name, *shape)
+        programs = products_persistent_gpu.PROGRAMS
+        counts = [(product.tiles - number + programs - 1) // programs for number in range(programs)]
+        taken = [number + i * programs for number, count in enumerate(counts) for i in range(count)]
+        assert sorted(taken) == list(range(product.tiles))
+        assert product.tiles * product.tile == product.columns == shape[0] * (2 if name == "gate_up" else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 40, 64])
+def test_rings_do_not_lock(rows):
+    """Whoever copies rows and whoever multiplies them wait for each other, but not both."""
+    shapes = {name: (2 * columns if name == "gate_up" else columns, n) for name, (columns, n) in DEEP.items()}
+    plan = products_persistent_gpu._Plan(rows, shapes, 0, EPSILON, None)
+    for product in plan.products.values():
+        copies, late = product.length // products_persistent_gpu.ROW_NUMBERS, plan.late(product)
+        step = shown = multiplied = freed = 0
+        while freed < copies:
+            before = step, shown, multiplied, freed
+            if step < copies + late and min(step, copies - 1) < freed + plan.row_slots:
+                shown, step = max(0, step + 1 - late), step + 1
+            if multiplied < shown:
+                # The tensor cores are done with what they began before.
+                freed, multiplied = multiplied, multiplied + 1
+            elif multiplied == copies:
+                freed = copies
+            assert before != (step, shown, multiplied, freed), f"{product} locks"
+
+
+def test_what_fits():
+    assert products_persistent_gpu.fits(jnp.bfloat16, DEEP)
+    assert not products_persistent_gpu.fits(jnp.float32, DEEP)
+    assert not products_persistent_gpu.fits(jnp.bfloat16, DEEP | {"out": (512, 2048)})
+    assert not products_persistent_gpu.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
+
+
+def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    mini = miniature(fold_tokens=2, attention="xla", products="pallas_gpu_persistent", **MINIATURE)
+
+    def kernels():
+        cache = mini.decoder.empty_cache(3, 24)
+        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
+        return str(step.jaxpr).count("name=decode_products")
+
+    # One for each of two layers, of which the last has none after it.
+    assert kernels() == 2
+    monkeypatch.setattr(products_persistent_gpu, "ROWS", 2)
+    assert not kernels()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "shapes", "activation"),
+    [(1, WIDE, "silu"), (5, MANY, "gelu"), (32, DEEP, "gelu"), (40, WIDE, "silu"), (64, DEEP, "gelu")],
+)
+def test_on_a_gpu_products_by_hand(rows, shapes, activation):
+    given = arrays(rows, shapes)
+    wanted = by_hand(activation, given)
+    for times in (1, 3):
+        found = products(activation, given, times)
+        assert_by_hand(found, wanted)
+    last = dict(given, weights={name: w for name, w in given["weights"].items() if name != "qkv"})
+    np.testing.assert_array_equal(*(np.asarray(run["x"], np.float32) for run in (found, products(activation, last))))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_row_does_not_depend_on_others():
+    """A row's bits stay when what is beside it is another, or no number."""
+    given = arrays(5, WIDE)
+    beside = {name: np.array(given[name]) for name in ("x", "o")}
+    for x in beside.values():
+        x[[0, 1, 4]] = x[[1, 4, 0]] * jnp.bfloat16(3)
+        x[3] = np.nan
+    found, alone = (products("gelu", one) for one in (given, given | beside))
+    for name in ("x", "qkv"):
+        np.testing.assert_array_equal(*(np.asarray(run[name][2], np.float32) for run in (found, alone)))
+        assert np.isnan(np.asarray(alone[name][3], np.float32)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["xla", "pallas_gpu"])
+def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, attention):
+    check_model(miniature, attention, MINIATURE, "pallas_gpu_persistent")
