@@ -8,7 +8,6 @@ import pathlib
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -288,9 +287,9 @@ class Runner:
         if not self.options.train_alone:
             return max(map(start, timed)) + training + max(evaluations)
         # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
-        # while those before it train.
+        # while those before it train. An evaluation compiles, which nothing before it can have done for it.
         ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
-        return max(min(map(start, timed)), ahead) + training + statistics.median(evaluations)
+        return max(min(map(start, timed)), ahead) + training + max(evaluations)
 
     def _steps_left(self, point: Point, *, running: bool = False) -> int:
         """Steps that a point has yet to train, its trunk's too where that is not on this machine."""
