@@ -7,12 +7,10 @@
 # STUDY is window or recall. OUT gets STUDY.tar.xz (all results so far), STUDY-logs.tar.xz (metrics.jsonl and train.log of
 # every point) and, where points failed, failures.txt. Needs neither TensorFlow nor seqio.
 #
-# Before a lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream) and, from the lease before,
-# STUDY.tar.xz, whose points are not run again. A point that would not fit SECONDS is not started, for a machine that is
-# given back keeps no checkpoint; where another call follows on the same machine, --cut_points fills this one to its end,
-# and the next goes on in the middle of a point. Afterwards, elsewhere:
-#
-#   python -m rattn.sweep --merge OUT/window.tar.xz --workdir runs/window --report_only
+# Before a lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream). Points whose results
+# docs/window_study/STUDY.tar.xz has are not run again. A point that would not fit SECONDS is not started, for a machine
+# that is given back keeps no checkpoint; where another call follows on the same machine, --cut_points fills this one to
+# its end, and the next goes on in the middle of a point. What to do with the results: docs/window_study.md.
 #
 # PROCESSES sweeps share each GPU and its memory (a point of the window study takes 16 GiB: give 3 on 80 GB). In the window
 # study one of them trains at a time, so that step times are true, while the others compile and evaluate; models of the
@@ -40,8 +38,9 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION
 if [ "$study" = window ]; then
   "$python" -m scripts.pack_stream unpack build/study/python_source-8192.tar.xz data || exit 1
 fi
-if [ -f "build/study/$study.tar.xz" ]; then
-  "$python" -m rattn.sweep --workdir "runs/$study" --merge "build/study/$study.tar.xz" --noreport || exit 1
+known="docs/window_study/$study.tar.xz"
+if [ -f "$known" ]; then
+  "$python" -m rattn.sweep --workdir "runs/$study" --merge "$known" --noreport || exit 1
 fi
 count=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
 gpus=${GPUS:-$(seq 0 $((count > 0 ? count - 1 : 0)))}
