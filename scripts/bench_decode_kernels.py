@@ -2,10 +2,11 @@
 
     python -m scripts.bench_decode_kernels                                     # the 3B model's, as they are tuned
     python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
+    python -m scripts.bench_decode_kernels --attention --products pallas_gpu:32 pallas_gpu_persistent:32 --rings 80:0 112:8
 
 Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
-attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`. A time is that of one
-kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the
+attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`, a ring KiB:AHEAD of
+`rattn.decoding.products_persistent_gpu`: of shared memory for rows, and AHEAD. A time is that of one kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the
 extremes, without the gap before it; it counts from the end of the kernel before, where that one let it in early.
 """
 
@@ -80,7 +81,7 @@ def main():
     args = arguments()
     model = validate(load_config(args.recipe)).model
     cases = [attention_case(model, text, args) for text in args.attention]
-    cases += [products_case(model, text) for text in args.products]
+    cases += [products_case(model, text, args.rings) for text in args.products]
     rows = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = {}
@@ -108,6 +109,7 @@ def arguments():
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
+    parser.add_argument("--rings", nargs="*", default=[], help="KiB:AHEAD, beside the one in use")
     return parser.parse_args()
 
 
@@ -169,7 +171,7 @@ def attention_case(model, text, args):
     return Case(text, size, (own, shared), run, variants)
 
 
-def products_case(model, text):
+def products_case(model, text, rings=()):
     """Builds the case of the products between two layers' attention."""
     kind, rows = text.split(":")
     rows, persistent = int(rows), kind == "pallas_gpu_persistent"
@@ -190,8 +192,12 @@ def products_case(model, text):
         *found, counters = products_persistent_gpu.run(o, x, weights, own["counters"], **how)
         return found, own | {"counters": counters}
 
+    variants = {"in use": (products_persistent_gpu, {})}
+    for ring in rings if persistent else ():
+        kib, ahead = map(int, ring.split(":"))
+        variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "AHEAD": ahead}
     size = 2 * sum(x.size for x in weights.values())
-    return Case(text, size, (own, shared), run, {"in use": (products_gpu, {})}, kernels=1 if persistent else 4)
+    return Case(text, size, (own, shared), run, variants, kernels=1 if persistent else 4)
 
 
 def times(case, compiled):

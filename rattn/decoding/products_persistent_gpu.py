@@ -11,18 +11,18 @@ multiprocessor stays for all four products. Its weights come through a ring of s
 up: while the programs finish one product and wait for each other, the weights of the next are on their way, and those
 of the first come while attention still ends.
 
-A program has three warpgroups: one copies weights, one copies rows, one multiplies. Weights come by the copy engine,
-which serves in order; rows, which are in the L2 cache, would wait there for weights that are not, and so are copied by
-threads. A norm's scale is part
-of the weights that follow it (`rattn.decoding.layers`) and its 1 / RMS a factor of their product, from the sums of
-squares that those who write a row leave beside it.
+A program has three warpgroups: one copies weights, one copies rows, one multiplies. Rows of all programs are the same,
+so the copy engine brings them to both programs of a cluster, which halves what is read from the L2 cache. It serves in
+order: rows, which all wait for, would stand there behind weights, which memory has yet to find. So weights are copied
+by threads. A norm's scale is part of the weights that follow it (`rattn.decoding.layers`) and its 1 / RMS a factor of
+their product, from the sums of squares that those who write a row leave beside it.
 
 Results are added up in one order whatever the rows are, and a row's follow from that row alone.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,25 +36,22 @@ from rattn.decoding.products_gpu import GATE_COLUMNS
 
 # In their order.
 PRODUCTS = ("out", "gate_up", "down", "qkv")
-# A Hopper has 132 multiprocessors, and all programs must run at once.
-PROGRAMS = 128
+# Programs, in clusters of SIDES; a Hopper has 132 multiprocessors and all programs must run at once.
+PROGRAMS, SIDES = 128, 2
 # Rows of a product, whatever there are: the fewest that tensor cores multiply.
 ROWS = 64
 # Numbers of a row, and of weights, that are copied at a time.
 ROW_NUMBERS, WEIGHT_NUMBERS = 256, 8192
 # Bytes of a multiprocessor's 227 KiB for copies, and of them those of rows.
-SHARED_BYTES, ROW_BYTES = 225 * 1024, 144 * 1024
-# Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory.
+SHARED_BYTES, ROW_BYTES = 225 * 1024, 112 * 1024
+# Copies of weights that are brought as far as the L2 cache before there is room for them.
+AHEAD = 0
+# Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, 64
-# Threads of a warpgroup.
-WARPGROUP = 128
+# Threads of a warpgroup, and bytes that one of them copies at a time.
+WARPGROUP, CHUNK = 128, 16
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
-# Copies that are brought as far as the L2 cache before there is room for them, and what is read next in so many pieces.
-# Where rows came by the copy engine too this made a step slower (docs/kernel_log_gpu.md); not measured since.
-AHEAD, PIECES = 0, 8
-# Numbers of a dim that the copy engine takes at most.
-MOST_BROUGHT = 256
 
 LAYOUT = plgpu.Layout.WGMMA
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -98,8 +95,10 @@ class Product:
         return max(self.depth, ROW_NUMBERS)
 
     def fits(self) -> bool:
-        """Whether the kernel takes it."""
-        return self.tile > 0 and self.length % self.block == 0
+        """Whether the kernel takes it: whole copies, and as many tiles for both programs of a cluster."""
+        if not self.tile or self.length % self.block or self.tiles % SIDES:
+            return False
+        return 2 * self.tile * self.depth % (WARPGROUP * CHUNK) == 0
 
 
 def divided(name: str, columns: int, length: int) -> Product:
@@ -112,7 +111,7 @@ def divided(name: str, columns: int, length: int) -> Product:
     """
     if name == "gate_up":
         return Product(2 * columns, length, 2 * GATE_COLUMNS if columns % GATE_COLUMNS == 0 else 0)
-    tiles = [tile for tile in range(8, MOST_COLUMNS + 1, 8) if columns % tile == 0]
+    tiles = [tile for tile in range(8, MOST_COLUMNS + 1, 8) if columns % (tile * SIDES) == 0]
     few = [tile for tile in tiles if columns // tile <= PROGRAMS]
     return Product(columns, length, min(few) if few else max(tiles, default=0))
 
@@ -139,7 +138,6 @@ def run(
     *,
     epsilon: float,
     activation: Callable[[jax.Array], jax.Array],
-    read_next: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array]]:
     """Returns the residual stream x_RD, the next layer's qkv [R, columns] or None, and the counters for the next call.
 
@@ -151,14 +149,17 @@ def run(
       counters: in which programs wait for each other; of the call before, or `zero_counters`.
       epsilon: of the norms.
       activation: of the gate.
-      read_next: what the kernel after this one reads, [..., H], in the order of its use; as much of it as may be is
-        brought to the L2 cache, while memory has nothing else to do.
     """
-    read_next = [x.reshape(-1, x.shape[-1]) for x in read_next]
-    read_next = [x for x in read_next if x.shape[0] % (PROGRAMS * PIECES) == 0]
     weights = {name: weights[name].reshape(-1, weights[name].shape[-1]) for name in PRODUCTS if name in weights}
-    plan = _Plan(o_BE.shape[0], {name: x.shape for name, x in weights.items()}, len(read_next), epsilon, activation)
-    mesh = plgpu.Mesh(grid=(PROGRAMS,), grid_names=("program",), num_threads=3, thread_name="warpgroup")
+    plan = _Plan(o_BE.shape[0], {name: x.shape for name, x in weights.items()}, epsilon, activation)
+    mesh = plgpu.Mesh(
+        grid=(PROGRAMS // SIDES,),
+        grid_names=("pair",),
+        cluster=(SIDES,),
+        cluster_names=("side",),
+        num_threads=3,
+        thread_name="warpgroup",
+    )
     mine, others = (jax.new_ref(counter) for counter in counters)
     results = plan.results()
     found = pl.kernel(
@@ -167,7 +168,7 @@ def run(
         mesh=mesh,
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         name="decode_products",
-    )(o_BE, x_RD, *weights.values(), *read_next, mine, others)
+    )(o_BE, x_RD, *weights.values(), mine, others)
     found = dict(zip(results, found, strict=True))
     # This call cleared the other counters, which the next one counts in.
     return found["x"], found.get("qkv"), (jax.freeze(others), jax.freeze(mine))
@@ -176,10 +177,10 @@ def run(
 class _Plan:
     """What is fixed when a call is compiled."""
 
-    def __init__(self, rows, shapes, read_next, epsilon, activation):
-        self.read_next, self.epsilon, self.activation = read_next, epsilon, activation
-        # Shared memory holds them in groups of eight.
-        self.rows = -(-rows // 8) * 8
+    def __init__(self, rows, shapes, epsilon, activation):
+        self.epsilon, self.activation = epsilon, activation
+        # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
+        self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
         self.products = {
             name: divided(name, columns // 2 if name == "gate_up" else columns, length)
             for name, (columns, length) in shapes.items()
@@ -189,14 +190,9 @@ class _Plan:
         self.row_slots = 1 + (ROW_BYTES // (2 * ROW_NUMBERS) - ROWS) // self.rows
         self.kept_rows = (self.row_slots - 1) * self.rows + ROWS
         self.weight_slots = (SHARED_BYTES - 2 * self.kept_rows * ROW_NUMBERS) // (2 * WEIGHT_NUMBERS)
-
-    def late(self, product):
-        """How many copies of rows are on the way before the first of them is waited for.
-
-        A slot is free when the one after it is multiplied, and so two must be left: one that is multiplied and one that
-        is shown to be there.
-        """
-        return min(self.row_slots - 2, product.length // ROW_NUMBERS)
+        # So many copies of weights are on the way before the first of them is waited for. A slot is free when the one
+        # after it is multiplied, and so two are left: one that is multiplied and one that is shown to be there.
+        self.late = self.weight_slots - 2
 
     def results(self):
         """Types of what the kernel writes, its own notes among them."""
@@ -210,10 +206,14 @@ class _Plan:
             found["qkv"] = jax.ShapeDtypeStruct((ROWS, self.products["qkv"].columns), jnp.bfloat16)
         return found
 
+    @property
+    def depths(self):
+        """Of copies, each of which sees the ring of weights in a shape of its own."""
+        return sorted({product.depth for product in self.products.values()})
+
     def shared(self):
-        """Types of a program's shared memory, by the names of `_Program`; one ring of weights serves all depths."""
-        depths = sorted({product.depth for product in self.products.values()})
-        rings = [(self.weight_slots, WEIGHT_NUMBERS // depth, depth) for depth in depths]
+        """Types of a program's shared memory, by the names of `_Program`."""
+        rings = [(self.weight_slots, WEIGHT_NUMBERS // depth, depth) for depth in self.depths]
         rows = (self.kept_rows, ROW_NUMBERS)
         return {
             "rings": plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS) for shape in rings)),
@@ -221,36 +221,37 @@ class _Plan:
             "weights_full": plgpu.Barrier(num_barriers=self.weight_slots),
             "weights_empty": plgpu.Barrier(num_barriers=self.weight_slots),
             "rows_full": plgpu.Barrier(num_barriers=self.row_slots),
-            "rows_empty": plgpu.Barrier(num_barriers=self.row_slots),
+            "rows_empty": plgpu.ClusterBarrier(collective_axes=("side",), num_barriers=self.row_slots),
             "written": plgpu.Barrier(),
-        }, depths
+            "done": plgpu.ClusterBarrier(collective_axes=("side",)),
+        }
 
 
 def _kernel(plan, o, x, *refs):
-    names, results = list(plan.products), list(plan.results())
-    refs = iter(refs)
-    weights, read_next, (mine, others), found = (
-        [next(refs) for _ in range(count)] for count in (len(names), plan.read_next, 2, len(results))
-    )
-    shared, depths = plan.shared()
+    names, results, refs = list(plan.products), list(plan.results()), iter(refs)
+    weights, (mine, others), found = ([next(refs) for _ in range(n)] for n in (len(names), 2, len(results)))
+    shared = plan.shared()
 
-    def scoped(rings, *shared_refs):
-        program = _Program(plan, dict(zip(list(shared)[1:], shared_refs, strict=True)))
-        program.rings = dict(zip(depths, rings, strict=True))
+    def scoped(*shared_refs):
+        program = _Program(plan, dict(zip(shared, shared_refs, strict=True)))
         program.o, program.x, program.mine, program.others = o, x, mine, others
-        program.weights, program.read_next = dict(zip(names, weights, strict=True)), read_next
+        program.weights = dict(zip(names, weights, strict=True))
         program.found = dict(zip(results, found, strict=True))
         warpgroup = jax.lax.axis_index("warpgroup")
-        for number, (work, registers) in enumerate(
-            [(program.copy_weights, 40), (program.copy_rows, 72), (program.multiply_all, 232)]
+        for number, (work, registers, action) in enumerate(
+            [
+                (program.copy_weights, 96, "decrease"),
+                (program.copy_rows, 40, "decrease"),
+                (program.multiply_all, 232, "increase"),
+            ]
         ):
-            pl.when(warpgroup == number)(functools.partial(_with_registers, registers, work))
+            pl.when(warpgroup == number)(functools.partial(_with_registers, registers, action, work))
 
     pl.run_scoped(scoped, *shared.values(), collective_axes="warpgroup")
 
 
-def _with_registers(registers, work):
-    plgpu.set_max_registers(registers, action="increase" if registers > 168 else "decrease")
+def _with_registers(registers, action, work):
+    plgpu.set_max_registers(registers, action=action)
     work()
 
 
@@ -261,37 +262,69 @@ class _Program:
         self.plan, self.products = plan, plan.products
         for name, ref in shared.items():
             setattr(self, name, ref)
-        self.number = jax.lax.axis_index("program")
+        self.rings = dict(zip(plan.depths, self.rings, strict=True))
+        self.pair = jax.lax.axis_index("pair")
+        self.number = self.pair * SIDES + jax.lax.axis_index("side")
 
     def tiles(self, product):
-        """How many tiles of a product the program takes."""
-        return jax.lax.div(product.tiles - self.number + PROGRAMS - 1, jnp.int32(PROGRAMS))
+        """How many tiles of a product the program takes; its pair takes as many."""
+        pairs = PROGRAMS // SIDES
+        return jax.lax.div(product.tiles // SIDES - self.pair + pairs - 1, jnp.int32(pairs))
 
     def copy_weights(self):
         """Copies the tiles of all products one after another, as soon as there is room."""
         plgpu.griddepcontrol_launch_dependents()
-        count, slots = jnp.int32(0), self.plan.weight_slots
-        for name, product in self.products.items():
+        slots, late = self.plan.weight_slots, self.plan.late
+        total = sum(self.copies(product) for product in self.products.values())
 
-            def copy(i, count, name=name, product=product):
-                slot = jax.lax.rem(count, jnp.int32(slots))
+        def step(n, carry):
+            @pl.when(n < total)
+            def _():
+                slot = jax.lax.rem(n, jnp.int32(slots))
+                _wait_if(n >= slots, self.weights_empty.at[slot])
+                self.of_product(n, lambda name, i: self.copy(name, i, slot))
                 if AHEAD:
-                    self.bring(count + AHEAD)
-                _wait_if(count >= slots, self.weights_empty.at[slot])
-                ring = self.rings[product.depth].at[slot, pl.ds(0, product.tile)]
-                plgpu.copy_gmem_to_smem(self.of_copy(name, i), ring, self.weights_full.at[slot])
+                    # The ring first, then what there is no room for.
+                    pl.when(n == slots)(lambda: pl.loop(jnp.int32(slots), jnp.int32(slots + AHEAD))(self.bring))
+                    pl.when(n >= slots)(lambda: self.bring(n + AHEAD))
 
-                @pl.when(count == slots - 1)
-                def _():
-                    pl.loop(jnp.int32(slots), jnp.int32(AHEAD))(self.bring)
+            _end_of_copies()
 
-                return count + 1
+            @pl.when(n >= late)
+            def _():
+                _wait_for_copies(late)
+                plgpu.barrier_arrive(self.weights_full.at[jax.lax.rem(n - late, jnp.int32(slots))])
 
-            count = jax.lax.fori_loop(0, self.copies(product), copy, count)
+            return carry
+
+        jax.lax.fori_loop(0, total + late, step, None)
 
     def copies(self, product):
         """How many copies of a product's weights the program takes."""
         return self.tiles(product) * (product.length // product.depth)
+
+    def of_product(self, n, work):
+        """Runs work(name, i) for copy n, counted through all products, which is copy i of a product."""
+        first = jnp.int32(0)
+        for name, product in self.products.items():
+            last = first + self.copies(product)
+            pl.when((n >= first) & (n < last))(functools.partial(work, name, n - first))
+            first = last
+
+    def copy(self, name, i, slot):
+        """Begins to copy the weights of copy i of a product."""
+        product, stride = self.products[name], self.weights[name].shape[1]
+        ring = self.rings[product.depth].at[slot, pl.ds(0, product.tile)]
+        _copy(self.of_copy(name, i), ring, product.tile, product.depth, stride)
+
+    def bring(self, n):
+        """Brings the weights of copy n, counted through all products, to the L2 cache."""
+
+        def work(name, i):
+            product, stride = self.products[name], self.weights[name].shape[1]
+            _bring(self.of_copy(name, i), product.tile, product.depth, stride)
+
+        self.of_product(n, work)
 
     def of_copy(self, name, i):
         """Returns the weights of copy i of a product."""
@@ -301,72 +334,35 @@ class _Program:
         depth = jax.lax.rem(i, copies) * product.depth
         return self.weights[name].at[pl.ds(columns, product.tile), pl.ds(depth, product.depth)]
 
-    def bring(self, n):
-        """Brings copy n, counted through all products, to the L2 cache; behind the last one what is read next."""
-        first = jnp.int32(0)
-        for name, product in self.products.items():
-            last = first + self.copies(product)
-
-            @pl.when((n >= first) & (n < last))
-            def _(name=name, first=first):
-                self.bring_weights(name, n - first)
-
-            first = last
-        for ref in self.read_next:
-            rows = ref.shape[0] // (PROGRAMS * PIECES)
-
-            @pl.when((n >= first) & (n < first + PIECES))
-            def _(ref=ref, rows=rows, first=first):
-                plgpu.async_prefetch(ref.at[pl.ds((self.number * PIECES + n - first) * rows, rows)])
-
-            first += PIECES
-
-    def bring_weights(self, name, i):
-        """Brings copy i of a product, as many numbers at a time as the copy engine takes."""
-        depth = self.products[name].depth
-        for at in range(0, depth, MOST_BROUGHT):
-            plgpu.async_prefetch(self.of_copy(name, i).at[:, pl.ds(at, min(depth, MOST_BROUGHT))])
-
     def copy_rows(self):
-        """Copies the rows of all products, as soon as they are written."""
+        """Copies the rows of all products, as soon as they are written, to both programs of the cluster."""
         plgpu.griddepcontrol_wait()
 
         @pl.when(self.number == 0)
         def _():
             self.others[...] = jnp.zeros(COUNTERS, jnp.int32)
 
-        count = jnp.int32(0)
+        count, slots = jnp.int32(0), self.plan.row_slots
         sources = [self.o, *(self.found[name] for name in ("middle", "hidden", "x"))]
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
+            copies = product.length // ROW_NUMBERS
             if index:
                 self.wait_for(index - 1)
                 plgpu.barrier_arrive(self.written)
-            each = product.length // ROW_NUMBERS
-            copies = self.tiles(product) * each
-            late = self.plan.late(product)
 
-            def copy(i, count, source=source, each=each, copies=copies, late=late):
-                @pl.when(i < copies)
-                def _():
-                    slot = jax.lax.rem(count + i, jnp.int32(self.plan.row_slots))
-                    _wait_if(count + i >= self.plan.row_slots, self.rows_empty.at[slot])
-                    numbers = pl.ds(jax.lax.rem(i, jnp.int32(each)) * ROW_NUMBERS, ROW_NUMBERS)
-                    _copy_rows(
-                        source.at[:, numbers], self.rows.at[pl.ds(slot * self.plan.rows, self.plan.rows)], source.shape
-                    )
+            def copy(i, count, source=source, copies=copies):
+                numbers = pl.ds(jax.lax.rem(i, jnp.int32(copies)) * ROW_NUMBERS, ROW_NUMBERS)
+                slot = jax.lax.rem(count, jnp.int32(slots))
+                _wait_if(count >= slots, self.rows_empty.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    source.at[pl.ds(0, self.plan.rows), numbers],
+                    self.rows.at[pl.ds(slot * self.plan.rows, self.plan.rows)],
+                    self.rows_full.at[slot],
+                    collective_axes="side",
+                )
+                return count + 1
 
-                _end_of_copies()
-
-                @pl.when(i >= late)
-                def _():
-                    _wait_for_copies(late)
-                    slot = jax.lax.rem(count + i - late, jnp.int32(self.plan.row_slots))
-                    plgpu.barrier_arrive(self.rows_full.at[slot])
-
-                return count
-
-            jax.lax.fori_loop(0, jnp.where(copies > 0, copies + late, 0), copy, count)
-            count += copies
+            count = jax.lax.fori_loop(0, self.tiles(product) * copies, copy, count)
 
     def multiply_all(self):
         """Multiplies the tiles of all products and writes their results."""
@@ -386,6 +382,9 @@ class _Program:
             self.signal(2)
             plgpu.barrier_wait(self.written)
             self.normed_tiles("qkv", 1)
+        # Neither program of a cluster leaves while the other may still arrive at its barriers.
+        plgpu.barrier_arrive(self.done)
+        plgpu.barrier_wait(self.done)
 
     def add(self, product, x, columns, name, which):
         """Adds a product to the program's part of the residual stream, float32 [ROWS, tile]; returns it rounded."""
@@ -468,6 +467,7 @@ class _Program:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         def count(_, counter):
+            _order_copies()
             utils.warpgroup_barrier()
             utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
 
@@ -480,6 +480,7 @@ class _Program:
         def wait(_, counter):
             counter = utils.SemaphoreRef(utils.memref_ptr(counter))
             counter.wait(PROGRAMS, decrement=False, memory_scope="gpu")
+            _order_copies()
 
         wait(self.mine.at[index * APART])
 
@@ -488,44 +489,85 @@ def _wait_if(condition, barrier):
     pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
 
 
-def _copy_rows(source, slot, shape):
-    """Begins to copy rows [:, ROW_NUMBERS] to shared memory, sixteen bytes a thread; the last one stands for others.
-
-    They lie there as matrix products read them: tiles of eight rows by 64 numbers, 1 KiB each, in whose row r the
-    sixteen bytes of column c are at c xor r.
-    """
-    rows, chunks = slot.shape[0], ROW_NUMBERS // 8
-    at_a_time = WARPGROUP // chunks
+def _copy(source, slot, rows, numbers, stride):
+    """Begins to copy a tile [rows, numbers] to shared memory; `stride` is what lies between the source's rows."""
+    chunks = 2 * numbers // CHUNK
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TRANSFORMS)))
     def copy(_, source, slot):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-
-        def constant(x):
-            return utils.c(x, i32)
-
-        first = llvm.ptrtoint(i64, utils.memref_ptr(source))
-        place = llvm.ptrtoint(i32, utils.memref_ptr(slot))
-        thread = arith.remui(utils.thread_idx(), constant(WARPGROUP))
-        first_row, chunk = arith.divui(thread, constant(chunks)), arith.remui(thread, constant(chunks))
-        tile, column = arith.divui(chunk, constant(8)), arith.remui(chunk, constant(8))
-        for more in range(0, rows, at_a_time):
-            row = arith.addi(first_row, constant(more))
-            in_tile = arith.remui(row, constant(8))
-            group = arith.muli(arith.divui(row, constant(8)), constant(ROW_NUMBERS // 64))
-            to = arith.muli(arith.addi(group, tile), constant(1024))
-            to = arith.addi(to, arith.muli(in_tile, constant(128)))
-            to = arith.addi(to, arith.muli(arith.xori(column, in_tile), constant(16)))
-            row = arith.minui(row, constant(shape[0] - 1))
-            at = arith.addi(arith.muli(row, constant(2 * shape[1])), arith.muli(chunk, constant(16)))
-            _assembly(
-                "cp.async.cg.shared.global [$0], [$1], 16;",
-                "r,l",
-                arith.addi(place, to),
-                arith.addi(first, arith.extui(i64, at)),
-            )
+        number = _Number
+        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
+        place = number(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(slot)))
+        for thread in range(0, rows * chunks, WARPGROUP):
+            chunk = number.thread() + thread
+            row, column = chunk // chunks, chunk % chunks
+            to = _offset(row, column, numbers) + place
+            at = row * (2 * stride) + column * CHUNK
+            _assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", to.value, at.beside(first))
 
     copy(source, slot)
+
+
+def _offset(row, chunk, numbers):
+    """Returns where a chunk of a tile [rows, numbers] lies in shared memory, in bytes, as matrix products read it.
+
+    In tiles of eight rows by 64 numbers, 1 KiB each, in whose row r chunk c is at c xor r.
+    """
+    tile = row // 8 * (numbers // 64) + chunk // 8
+    return tile * 1024 + row % 8 * 128 + (chunk % 8 ^ row % 8) * CHUNK
+
+
+def _bring(source, rows, numbers, stride):
+    """Brings a tile [rows, numbers] to the L2 cache, a line a thread."""
+    lines = numbers // LEAST_DEPTH
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def bring(_, source):
+        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
+        for thread in range(0, rows * lines, WARPGROUP):
+            line = (_Number.thread() + thread).at_most(rows * lines - 1)
+            at = line // lines * (2 * stride) + line % lines * (2 * LEAST_DEPTH)
+            _assembly("prefetch.global.L2 [$0];", "l", at.beside(first))
+
+    bring(source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """An unsigned number of 32 bits in a thread, with Python's arithmetic."""
+
+    value: ir.Value
+
+    @classmethod
+    def thread(cls):
+        """The thread's number in its warpgroup."""
+        return cls(utils.thread_idx()) % WARPGROUP
+
+    def __add__(self, other):
+        return _Number(arith.addi(self.value, self._of(other)))
+
+    def __mul__(self, other):
+        return _Number(arith.muli(self.value, self._of(other)))
+
+    def __floordiv__(self, other):
+        return _Number(arith.divui(self.value, self._of(other)))
+
+    def __mod__(self, other):
+        return _Number(arith.remui(self.value, self._of(other)))
+
+    def __xor__(self, other):
+        return _Number(arith.xori(self.value, self._of(other)))
+
+    def at_most(self, other):
+        """The lesser of both."""
+        return _Number(arith.minui(self.value, self._of(other)))
+
+    def beside(self, address):
+        """Returns an address of 64 bits that is so many bytes further."""
+        return arith.addi(address, arith.extui(address.type, self.value))
+
+    def _of(self, other):
+        return other.value if isinstance(other, _Number) else utils.c(other, self.value.type)
 
 
 def _end_of_copies():
@@ -533,7 +575,7 @@ def _end_of_copies():
 
 
 def _wait_for_copies(but):
-    """Waits for copies of rows but for the newest, and shows them to the tensor cores."""
+    """Waits for the thread's copies but for the newest, and shows them to the tensor cores."""
 
     @plgpu.inline_mgpu()
     def wait(_):
@@ -541,6 +583,11 @@ def _wait_for_copies(but):
         _assembly("fence.proxy.async.shared::cta;")
 
     wait()
+
+
+def _order_copies():
+    """Orders what threads write, and what the copy engine reads after that."""
+    _assembly("fence.proxy.async;")
 
 
 def _assembly(text, constraints="", *operands):

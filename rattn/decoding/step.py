@@ -136,32 +136,13 @@ def step(
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
-        following, kept_next = None, ()
-        if number + 1 < len(layers):
-            following = per_layer[number + 1]
-            kept_next = _read_next(kernels, layers[number + 1], cache.layers[number + 1])
+        following = per_layer[number + 1] if number + 1 < len(layers) else None
         handed, layer_cache = _layer_step(
-            layer,
-            cache.layout,
-            kernels,
-            rotation,
-            per_layer[number],
-            following,
-            kept_next,
-            layer_cache,
-            cache.clock,
-            handed,
+            layer, cache.layout, kernels, rotation, per_layer[number], following, layer_cache, cache.clock, handed
         )
         kept.append(layer_cache)
     x_BD = handed.x_BD[:B]
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
-
-
-def _read_next(kernels: Kernels, layer: LayerSpec, cache: LayerCache) -> tuple[jax.Array, ...]:
-    """Returns what the attention kernel of a local layer reads first, for who may bring it to the L2 cache."""
-    if not kernels.persistent or kernels.attention == "none" or layer.kind == "full" or not layer.has_softmax:
-        return ()
-    return cache["k_BKSH"], cache["v_BKSH"]
 
 
 def sampled_steps(
@@ -225,14 +206,13 @@ def _layer_step(
     rotation: attention_gpu.Rotation | None,
     weights: Weights,
     following: Weights | None,
-    kept_next: tuple[jax.Array, ...],
     cache: LayerCache,
     clock: Clock,
     handed: Handed,
 ) -> tuple[Handed, LayerCache]:
     """One layer's part of `step`: its attention and feed-forward, and the projections of the `following` layer.
 
-    `kept_next` is of the following layer's cache, as `_read_next` chose; `clock` is the one before the token.
+    `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, counters = handed
     if _kernel_attends(kernels, layer, x_BD.dtype):
@@ -251,7 +231,7 @@ def _layer_step(
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
     if kernels.persistent:
-        x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, read_next=kept_next, **how)
+        x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None

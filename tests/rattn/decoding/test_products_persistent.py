@@ -144,34 +144,53 @@ def test_the_kernel_lowers_for_a_hopper(shapes, rows):
 
 @pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
 def test_every_column_is_some_program_s(shapes):
-    """Of each product all tiles, each once."""
+    """Of each product all tiles, each once, and as many for both programs of a cluster."""
     for name, shape in shapes.items():
         product = products_persistent_gpu.divided(name, *shape)
-        programs = products_persistent_gpu.PROGRAMS
-        counts = [(product.tiles - number + programs - 1) // programs for number in range(programs)]
-        taken = [number + i * programs for number, count in enumerate(counts) for i in range(count)]
+        sides, pairs = products_persistent_gpu.SIDES, products_persistent_gpu.PROGRAMS // products_persistent_gpu.SIDES
+        counts = [(product.tiles // sides - pair + pairs - 1) // pairs for pair in range(pairs)]
+        taken = [
+            sides * pair + side + i * products_persistent_gpu.PROGRAMS
+            for pair, count in enumerate(counts)
+            for side in range(sides)
+            for i in range(count)
+        ]
         assert sorted(taken) == list(range(product.tiles))
         assert product.tiles * product.tile == product.columns == shape[0] * (2 if name == "gate_up" else 1)
 
 
+@pytest.mark.parametrize(("rows", "numbers"), [(16, 512), (24, 256), (128, 64)])
+def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
+    """By NumPy: the transforms of the ring, [rows, numbers] to tiles of [8, 64], then the swizzle of 128 bytes."""
+    tiles = np.arange(rows * numbers).reshape(rows // 8, 8, numbers // 64, 64).swapaxes(1, 2)
+    lines = tiles.reshape(-1, 8, 8)  # of 128 bytes, in chunks of eight numbers
+    wanted = np.stack([line[np.arange(8) ^ number % 8] for number, line in enumerate(lines)]).reshape(-1)
+    found = np.full(rows * numbers, -1)
+    for row in range(rows):
+        for chunk in range(numbers // 8):
+            first = products_persistent_gpu._offset(row, chunk, numbers) // 2
+            found[first : first + 8] = row * numbers + chunk * 8 + np.arange(8)
+    np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 32, 40, 64])
-def test_rings_do_not_lock(rows):
-    """Whoever copies rows and whoever multiplies them wait for each other, but not both."""
+def test_the_ring_of_weights_does_not_lock(rows):
+    """Whoever copies weights and whoever multiplies them wait for each other, but not both."""
     shapes = {name: (2 * columns if name == "gate_up" else columns, n) for name, (columns, n) in DEEP.items()}
-    plan = products_persistent_gpu._Plan(rows, shapes, 0, EPSILON, None)
-    for product in plan.products.values():
-        copies, late = product.length // products_persistent_gpu.ROW_NUMBERS, plan.late(product)
-        step = shown = multiplied = freed = 0
-        while freed < copies:
-            before = step, shown, multiplied, freed
-            if step < copies + late and min(step, copies - 1) < freed + plan.row_slots:
-                shown, step = max(0, step + 1 - late), step + 1
-            if multiplied < shown:
-                # The tensor cores are done with what they began before.
-                freed, multiplied = multiplied, multiplied + 1
-            elif multiplied == copies:
-                freed = copies
-            assert before != (step, shown, multiplied, freed), f"{product} locks"
+    plan = products_persistent_gpu._Plan(rows, shapes, EPSILON, None)
+    assert plan.row_slots > 2
+    copies, late = sum(product.length // product.depth for product in plan.products.values()), plan.late
+    step = shown = multiplied = freed = 0
+    while freed < copies:
+        before = step, shown, multiplied, freed
+        if step < copies + late and min(step, copies - 1) < freed + plan.weight_slots:
+            shown, step = max(0, step + 1 - late), step + 1
+        if multiplied < shown:
+            # The tensor cores are done with what they began before.
+            freed, multiplied = multiplied, multiplied + 1
+        elif multiplied == copies:
+            freed = copies
+        assert before != (step, shown, multiplied, freed), "locked"
 
 
 def test_what_fits():
