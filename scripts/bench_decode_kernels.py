@@ -2,12 +2,13 @@
 
     python -m scripts.bench_decode_kernels                                     # the 3B model's, as they are tuned
     python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
-    python -m scripts.bench_decode_kernels --attention --products pallas_gpu:32 pallas_gpu_persistent:32 --rings 80:0 112:8
+    python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:0 112:8
 
 Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
 attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`, a ring KiB:AHEAD of
-`rattn.decoding.products_persistent_gpu`: of shared memory for rows, and AHEAD. A time is that of one kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the
-extremes, without the gap before it; it counts from the end of the kernel before, where that one let it in early.
+`rattn.decoding.products_persistent_gpu`: shared memory for rows, and AHEAD. A time is that of one kernel, or of the
+four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
+gap before it; it counts from the end of the kernel before, where that one let it in early.
 """
 
 import argparse
