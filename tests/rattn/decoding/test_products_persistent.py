@@ -129,8 +129,7 @@ def test_the_reference_is_the_model(miniature):
         assert 0 < error < np.sqrt(9 / 3) * 2.0**-8, name
 
 
-@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
-@pytest.mark.parametrize("rows", [1, 32, 64])
+@pytest.mark.parametrize(("shapes", "rows"), [(WIDE, 1), (DEEP, 32), (MANY, 64)])
 def test_the_kernel_lowers_for_a_hopper(shapes, rows):
     assert products_persistent_gpu.fits(jnp.bfloat16, shapes)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(rows, shapes))
