@@ -27,6 +27,7 @@ import json
 import pathlib
 import statistics
 import tempfile
+import threading
 import time
 
 import jax
@@ -39,14 +40,16 @@ from rattn.decoding.decoder import ATTENTIONS, PRODUCTS, Decoder
 from rattn.decoding.sampling import Sampling
 from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
-from rattn.planning.report import table
+from scripts.constants import constants_set
+from scripts.decode_tables import NARROW, WIDE, tables
 from scripts.random_decoding import clock_of, keys_of, pick, random_cache, random_weights
 from scripts.trace_costs import costs_by_kind, costs_table
 
 GREEDY = Sampling(temperature=0.0)
 # Timed calls of a point, or fewer where they take so long.
 CALLS, FEWEST_CALLS, ENOUGH_SECONDS = 10, 4, 3.0
-NARROW, WIDE = "rattention:512", "swa:4096"
+# Constants are set for one point at a time.
+LOWERING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,12 @@ class Point:
     fold: int
     attention: str
     products: str
+    constants: str = ""
 
     def __str__(self):
-        how = f"attention {self.attention}, products {self.products}"
-        return f"{self.model}, context {self.context}, batch {self.batch}, C = {self.fold}, {how}"
+        how = f"C = {self.fold}, attention {self.attention}, products {self.products}"
+        parts = self.model, f"context {self.context}", f"batch {self.batch}", how, self.constants
+        return ", ".join(filter(None, parts))
 
 
 class Model:
@@ -126,9 +131,9 @@ class Model:
         run = decoder.compiled("sample", layout, GREEDY)
         shapes = caches.cache_shapes(decoder.layers, layout)
         keys = jax.eval_shape(lambda: keys_of(point))
-        lowered = run.lower(
-            self.weight_shapes(point.products), shapes, tokens, keys, jax.ShapeDtypeStruct((), jnp.int32)
-        )
+        first = jax.ShapeDtypeStruct((), jnp.int32)
+        with LOWERING, constants_set(point.constants, "rattn.decoding"):
+            lowered = run.lower(self.weight_shapes(point.products), shapes, tokens, keys, first)
         return lowered.compile(compiler_options=options)
 
 
@@ -215,6 +220,7 @@ def arguments():
     parser.add_argument("--fold", type=int, nargs="+", default=[accounting.FOLD_TOKENS], help="C, tokens between folds")
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=ATTENTIONS)
     parser.add_argument("--products", nargs="+", default=["auto"], choices=PRODUCTS)
+    parser.add_argument("--constants", nargs="+", default=[""], help='of rattn.decoding: "module.NAME=value,…", or ""')
     parser.add_argument("--state_dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")
@@ -260,14 +266,14 @@ def points_of(args, models, memory):
         return size_up_to(0.95 * memory // models[name].bytes_beside_weights(Point(name, context, 1, fold, "", "")))
 
     points = []
-    options = (args.batches, args.contexts, args.fold, args.attention, args.products)
-    for batch, context, fold, attention, products in itertools.product(*options):
+    options = (args.batches, args.contexts, args.fold, args.attention, args.products, args.constants)
+    for batch, context, fold, *how in itertools.product(*options):
         for name, before in zip(models, [None, *models], strict=False):
             sizes = [most(name, context, fold)] if batch == "max" else [int(batch)]
             if batch == "max" and before:
                 sizes.append(most(before, context, fold))
             sizes = [size for size in sizes if 1 <= size <= most(name, context, fold)]
-            wanted = [Point(name, context, size, fold, attention, products) for size in sizes]
+            wanted = [Point(name, context, size, fold, *how) for size in sizes]
             points += [point for point in wanted if point not in points]
     return points
 
@@ -364,41 +370,6 @@ def line(found):
     """One line of progress."""
     point = Point(**{field.name: found[field.name] for field in dataclasses.fields(Point)})
     return f"{point}: {found['milliseconds']['median']:.3f} ms a step, {found['bound_share']:.1%} of the bound"
-
-
-def tables(result):
-    """Lays the results out."""
-
-    def place(found):
-        return [found[name] for name in ("context", "batch", "model", "attention", "products", "fold")]
-
-    rows = []
-    for found in sorted(result["points"], key=place):
-        ms = found["milliseconds"]
-        rows.append(
-            [
-                found["model"],
-                f"{found['context']:,}",
-                str(found["batch"]),
-                str(found["fold"]),
-                found["attention"],
-                found["products"],
-                f"{ms['median']:.3f} ({ms['least']:.3f}–{ms['most']:.3f})",
-                f"{found['tokens_per_second']:,.0f}",
-                accounting.readable_bytes(found["batch"] * found["cache_bytes_per_sequence"]),
-                f"{found['bound_share']:.1%}",
-            ]
-        )
-    how = ["C", "attention", "products"]
-    header = ["model", "context", "batch", *how, "ms a step", "tokens/s", "caches", "of the bound"]
-    kinds = ("measured", "formula")
-    figure = [
-        [f"{e['context']:,}", str(e["batch"]), str(e["fold"]), e["attention"], e["products"]]
-        + [f"{e[name]:.1%}" for name in kinds]
-        for e in result.get("figure_7", [])
-    ]
-    title = f"Share of a step that {NARROW} saves against {WIDE} (Figure 7)"
-    return "\n\n".join([table(header, rows), title, table(["context", "batch", *how, *kinds], figure)])
 
 
 def figure_7(models, found, bytes_per_second, flops):

@@ -13,7 +13,6 @@ gap before it; it counts from the end of the kernel before, where that one let i
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -31,6 +30,7 @@ from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu
 from rattn.decoding.layers import layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
+from scripts.constants import values_set
 from scripts.trace_costs import kernel_calls
 
 # Arrays of a case, at least: several times a GPU's cache.
@@ -112,19 +112,6 @@ def arguments():
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:AHEAD, beside the one in use")
     return parser.parse_args()
-
-
-@contextlib.contextmanager
-def values_set(module, values):
-    """Sets a module's constants for a while."""
-    kept = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(module, name, value)
 
 
 def attention_case(model, text, args):

@@ -22,7 +22,7 @@ Results are added up in one order whatever the rows are, and a row's follow from
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,9 @@ ROWS = 64
 ROW_NUMBERS, WEIGHT_NUMBERS = 256, 8192
 # Bytes of a multiprocessor's 227 KiB for copies, and of them those of rows.
 SHARED_BYTES, ROW_BYTES = 225 * 1024, 112 * 1024
-# Copies of weights that are brought as far as the L2 cache before there is room for them.
-AHEAD = 0
+# Copies of weights that are brought as far as the L2 cache before there is room for them, and whether it gets what the
+# next kernel reads once all weights are on their way.
+AHEAD, BRING_NEXT = 0, False
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, 64
 # Threads of a warpgroup, and bytes that one of them copies at a time.
@@ -138,6 +139,7 @@ def run(
     *,
     epsilon: float,
     activation: Callable[[jax.Array], jax.Array],
+    read_next: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, jax.Array]]:
     """Returns the residual stream x_RD, the next layer's qkv [R, columns] or None, and the counters for the next call.
 
@@ -149,9 +151,12 @@ def run(
       counters: in which programs wait for each other; of the call before, or `zero_counters`.
       epsilon: of the norms.
       activation: of the gate.
+      read_next: bfloat16 [..., H], what the next kernel reads; an array that does not divide by PROGRAMS is left out.
     """
+    read_next = [x.reshape(-1, x.shape[-1]) for x in read_next if BRING_NEXT]
+    read_next = [x for x in read_next if x.shape[0] % PROGRAMS == 0 and x.shape[1] % LEAST_DEPTH == 0]
     weights = {name: weights[name].reshape(-1, weights[name].shape[-1]) for name in PRODUCTS if name in weights}
-    plan = _Plan(o_BE.shape[0], {name: x.shape for name, x in weights.items()}, epsilon, activation)
+    plan = _Plan(o_BE.shape[0], {name: x.shape for name, x in weights.items()}, len(read_next), epsilon, activation)
     mesh = plgpu.Mesh(
         grid=(PROGRAMS // SIDES,),
         grid_names=("pair",),
@@ -168,7 +173,7 @@ def run(
         mesh=mesh,
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
         name="decode_products",
-    )(o_BE, x_RD, *weights.values(), mine, others)
+    )(o_BE, x_RD, *weights.values(), *read_next, mine, others)
     found = dict(zip(results, found, strict=True))
     # This call cleared the other counters, which the next one counts in.
     return found["x"], found.get("qkv"), (jax.freeze(others), jax.freeze(mine))
@@ -177,8 +182,8 @@ def run(
 class _Plan:
     """What is fixed when a call is compiled."""
 
-    def __init__(self, rows, shapes, epsilon, activation):
-        self.epsilon, self.activation = epsilon, activation
+    def __init__(self, rows, shapes, read_next, epsilon, activation):
+        self.read_next, self.epsilon, self.activation = read_next, epsilon, activation
         # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
         self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
         self.products = {
@@ -229,13 +234,14 @@ class _Plan:
 
 def _kernel(plan, o, x, *refs):
     names, results, refs = list(plan.products), list(plan.results()), iter(refs)
-    weights, (mine, others), found = ([next(refs) for _ in range(n)] for n in (len(names), 2, len(results)))
+    counts = len(names), plan.read_next, 2, len(results)
+    weights, read_next, (mine, others), found = ([next(refs) for _ in range(count)] for count in counts)
     shared = plan.shared()
 
     def scoped(*shared_refs):
         program = _Program(plan, dict(zip(shared, shared_refs, strict=True)))
         program.o, program.x, program.mine, program.others = o, x, mine, others
-        program.weights = dict(zip(names, weights, strict=True))
+        program.weights, program.read_next = dict(zip(names, weights, strict=True)), read_next
         program.found = dict(zip(results, found, strict=True))
         warpgroup = jax.lax.axis_index("warpgroup")
         for number, (work, registers, action) in enumerate(
@@ -288,6 +294,7 @@ class _Program:
                     pl.when(n == slots)(lambda: pl.loop(jnp.int32(slots), jnp.int32(slots + AHEAD))(self.bring))
                     pl.when(n >= slots)(lambda: self.bring(n + AHEAD))
 
+            pl.when(n == total)(self.bring_next)
             _end_of_copies()
 
             @pl.when(n >= late)
@@ -325,6 +332,12 @@ class _Program:
             _bring(self.of_copy(name, i), product.tile, product.depth, stride)
 
         self.of_product(n, work)
+
+    def bring_next(self):
+        """Brings the program's share of what the next kernel reads to the L2 cache."""
+        for ref in self.read_next:
+            rows, numbers = ref.shape[0] // PROGRAMS, ref.shape[1]
+            _bring(ref.at[pl.ds(self.number * rows, rows)], rows, numbers, numbers)
 
     def of_copy(self, name, i):
         """Returns the weights of copy i of a product."""

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rattn.config import load_config, validate
-from rattn.decoding import attention_gpu
+from rattn.decoding import attention_gpu, products_gpu
 from scripts import bench_decode_kernels
+from scripts.constants import constants_set, values_set
 from scripts.trace_costs import costs_by_kind, kernel_calls
 
 
@@ -60,7 +61,7 @@ def test_cases_lower_with_their_variants(monkeypatch):
         texts = set()
         for module, values in case.variants.values():
             with (
-                bench_decode_kernels.values_set(module, values),
+                values_set(module, values),
                 use_abstract_mesh(AbstractMesh((), (), abstract_device=device)),
             ):
                 jax.clear_caches()
@@ -68,3 +69,15 @@ def test_cases_lower_with_their_variants(monkeypatch):
         assert len(texts) == len(case.variants)
         assert all("__gpu$xla.gpu.triton" in text or "mosaic_gpu_v2" in text for text in texts)
     assert before == attention_gpu.TILING
+
+
+def test_constants_are_set_for_a_while():
+    before = attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS
+    with constants_set("attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3", "rattn.decoding"):
+        assert (attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS) == (7, 3)
+    assert before == (attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS)
+    with (
+        pytest.raises(AttributeError, match="MOST_PARTZ"),
+        constants_set("attention_gpu.MOST_PARTZ=7", "rattn.decoding"),
+    ):
+        raise AssertionError("not reached")

@@ -176,7 +176,7 @@ def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
 def test_the_ring_of_weights_does_not_lock(rows):
     """Whoever copies weights and whoever multiplies them wait for each other, but not both."""
     shapes = {name: (2 * columns if name == "gate_up" else columns, n) for name, (columns, n) in DEEP.items()}
-    plan = products_persistent_gpu._Plan(rows, shapes, EPSILON, None)
+    plan = products_persistent_gpu._Plan(rows, shapes, 0, EPSILON, None)
     assert plan.row_slots > 2
     copies, late = sum(product.length // product.depth for product in plan.products.values()), plan.late
     step = shown = multiplied = freed = 0

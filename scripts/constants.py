@@ -1,0 +1,44 @@
+"""Sets constants of modules while something is traced with them, for benchmarks that compare their values."""
+
+import ast
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+
+
+@contextlib.contextmanager
+def values_set(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+    """Sets a module's constants for a while."""
+    kept = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def constants_set(text: str, package: str) -> Iterator[None]:
+    """Sets the constants that `text` names, "module.NAME=value,…" below `package`; JAX traces everything anew.
+
+    Raises:
+      AttributeError, ModuleNotFoundError, ValueError: there is no such constant, module or value.
+    """
+    if not text:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for one in text.split(","):
+            place, value = one.split("=")
+            module, name = place.split(".")
+            values = {name: ast.literal_eval(value)}
+            stack.enter_context(values_set(importlib.import_module(f"{package}.{module}"), values))
+        jax.clear_caches()
+        stack.callback(jax.clear_caches)
+        yield
