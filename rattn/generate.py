@@ -102,7 +102,7 @@ class Generator:
           prefill_tokens: most tokens of a prompt that go through the model at a time.
           fold_tokens: C (`rattn.decoding`); also how many tokens come at a time.
           state_dtype: "float32" or "bfloat16", of the states between tokens.
-          attention, products: "auto", "xla" or "pallas_gpu", as in `rattn.decoding.decoder.Decoder`.
+          attention, products: as in `rattn.decoding.decoder.Decoder`.
 
         Raises:
           UserError: a value that does not fit.
@@ -387,7 +387,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fold_tokens", FOLD_TOKENS, "Tokens that come, and are added to the states, at a time.")
     flags.DEFINE_string("state_dtype", "float32", "Of the states: float32 or bfloat16.")
     flags.DEFINE_string("attention", "auto", "xla, pallas_gpu (a kernel for one GPU) or auto.")
-    flags.DEFINE_string("products", "auto", "xla, pallas_gpu (kernels for one Hopper GPU) or auto.")
+    flags.DEFINE_string(
+        "products", "auto", "xla, pallas_gpu or pallas_gpu_persistent (kernels for one Hopper GPU) or auto."
+    )
     flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")
     flags.DEFINE_integer("model_devices", 1, "Devices that heads are spread over.")
     flags.DEFINE_bool("report", False, "Print what the cache takes, and generate nothing.")

@@ -1,6 +1,7 @@
 """The decode benchmark on a CPU: that it runs, fits batches to memory, and counts its bound."""
 
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -54,9 +55,8 @@ def models():
 
 
 def test_the_largest_batches_fit(models):
-    args = argparse.Namespace(
-        batches=["32", "max"], contexts=[4096, 65536], fold=[16], attention=["xla"], products=["auto"]
-    )
+    how = {"fold": [16], "attention": ["xla"], "products": ["auto"], "constants": [""]}
+    args = argparse.Namespace(batches=["32", "max"], contexts=[4096, 65536], **how)
     points = bench_decode.points_of(args, models, memory=68 * 2**30)
     for point in points:
         assert models[point.model].bytes_beside_weights(point) <= 0.95 * 68 * 2**30
@@ -84,8 +84,8 @@ def test_bound_bytes_by_hand(models):
 
 def test_figure_7_compares_like_with_like(models):
     def found(name, milliseconds, batch=32):
-        point = {"model": name, "context": 4096, "batch": batch, "fold": 16, "attention": "xla", "products": "xla"}
-        return point | {"milliseconds": {"median": milliseconds}}
+        point = bench_decode.Point(name, 4096, batch, 16, "xla", "xla")
+        return dataclasses.asdict(point) | {"milliseconds": {"median": milliseconds}}
 
     entries = [found("rattention:512", 6.0), found("swa:4096", 8.0), found("rattention:512", 1.0, batch=1)]
     (gain,) = bench_decode.figure_7(models, entries, 3e12, 989e12)

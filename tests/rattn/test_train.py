@@ -171,7 +171,9 @@ def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     with open("lock", "w") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
-        ends = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: fcntl.flock(another, fcntl.LOCK_UN))
+        ends = types.SimpleNamespace(
+            monotonic=time.monotonic, time_ns=time.time_ns, sleep=lambda _: fcntl.flock(another, fcntl.LOCK_UN)
+        )
         monkeypatch.setattr(turns, "time", ends)
         assert train(config, "run", turn_file="lock") == 0
     out = capsys.readouterr().out
