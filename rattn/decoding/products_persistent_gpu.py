@@ -26,12 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rattn.decoding import mosaic_gpu
 from rattn.decoding.products_gpu import GATE_COLUMNS
 
 # In their order.
@@ -49,13 +47,10 @@ SHARED_BYTES, ROW_BYTES = 225 * 1024, 112 * 1024
 AHEAD, BRING_NEXT = 0, False
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, 64
-# Threads of a warpgroup, and bytes that one of them copies at a time.
-WARPGROUP, CHUNK = 128, 16
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
 
 LAYOUT = plgpu.Layout.WGMMA
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +94,7 @@ class Product:
         """Whether the kernel takes it: whole copies, and as many tiles for both programs of a cluster."""
         if not self.tile or self.length % self.block or self.tiles % SIDES:
             return False
-        return 2 * self.tile * self.depth % (WARPGROUP * CHUNK) == 0
+        return 2 * self.tile * self.depth % (mosaic_gpu.WARPGROUP * mosaic_gpu.CHUNK) == 0
 
 
 def divided(name: str, columns: int, length: int) -> Product:
@@ -221,8 +216,10 @@ class _Plan:
         rings = [(self.weight_slots, WEIGHT_NUMBERS // depth, depth) for depth in self.depths]
         rows = (self.kept_rows, ROW_NUMBERS)
         return {
-            "rings": plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS) for shape in rings)),
-            "rows": plgpu.SMEM(rows, jnp.bfloat16, transforms=TRANSFORMS),
+            "rings": plgpu.RefUnion(
+                *(plgpu.SMEM(shape, jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS) for shape in rings)
+            ),
+            "rows": plgpu.SMEM(rows, jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
             "weights_full": plgpu.Barrier(num_barriers=self.weight_slots),
             "weights_empty": plgpu.Barrier(num_barriers=self.weight_slots),
             "rows_full": plgpu.Barrier(num_barriers=self.row_slots),
@@ -287,7 +284,7 @@ class _Program:
             @pl.when(n < total)
             def _():
                 slot = jax.lax.rem(n, jnp.int32(slots))
-                _wait_if(n >= slots, self.weights_empty.at[slot])
+                mosaic_gpu.wait_if(n >= slots, self.weights_empty.at[slot])
                 self.of_product(n, lambda name, i: self.copy(name, i, slot))
                 if AHEAD:
                     # The ring first, then what there is no room for.
@@ -295,11 +292,11 @@ class _Program:
                     pl.when(n >= slots)(lambda: self.bring(n + AHEAD))
 
             pl.when(n == total)(self.bring_next)
-            _end_of_copies()
+            mosaic_gpu.end_of_copies()
 
             @pl.when(n >= late)
             def _():
-                _wait_for_copies(late)
+                mosaic_gpu.wait_for_copies(late)
                 plgpu.barrier_arrive(self.weights_full.at[jax.lax.rem(n - late, jnp.int32(slots))])
 
             return carry
@@ -322,14 +319,14 @@ class _Program:
         """Begins to copy the weights of copy i of a product."""
         product, stride = self.products[name], self.weights[name].shape[1]
         ring = self.rings[product.depth].at[slot, pl.ds(0, product.tile)]
-        _copy(self.of_copy(name, i), ring, product.tile, product.depth, stride)
+        mosaic_gpu.copy(self.of_copy(name, i), ring, product.tile, product.depth, stride)
 
     def bring(self, n):
         """Brings the weights of copy n, counted through all products, to the L2 cache."""
 
         def work(name, i):
             product, stride = self.products[name], self.weights[name].shape[1]
-            _bring(self.of_copy(name, i), product.tile, product.depth, stride)
+            mosaic_gpu.bring(self.of_copy(name, i), product.tile, product.depth, stride)
 
         self.of_product(n, work)
 
@@ -337,7 +334,7 @@ class _Program:
         """Brings the program's share of what the next kernel reads to the L2 cache."""
         for ref in self.read_next:
             rows, numbers = ref.shape[0] // PROGRAMS, ref.shape[1]
-            _bring(ref.at[pl.ds(self.number * rows, rows)], rows, numbers, numbers)
+            mosaic_gpu.bring(ref.at[pl.ds(self.number * rows, rows)], rows, numbers, numbers)
 
     def of_copy(self, name, i):
         """Returns the weights of copy i of a product."""
@@ -366,7 +363,7 @@ class _Program:
             def copy(i, count, source=source, copies=copies):
                 numbers = pl.ds(jax.lax.rem(i, jnp.int32(copies)) * ROW_NUMBERS, ROW_NUMBERS)
                 slot = jax.lax.rem(count, jnp.int32(slots))
-                _wait_if(count >= slots, self.rows_empty.at[slot])
+                mosaic_gpu.wait_if(count >= slots, self.rows_empty.at[slot])
                 plgpu.copy_gmem_to_smem(
                     source.at[pl.ds(0, self.plan.rows), numbers],
                     self.rows.at[pl.ds(slot * self.plan.rows, self.plan.rows)],
@@ -477,131 +474,8 @@ class _Program:
 
     def signal(self, index):
         """Tells all programs that this one has written its part of a product."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def count(_, counter):
-            _order_copies()
-            utils.warpgroup_barrier()
-            utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
-
-        count(self.mine.at[index * APART])
+        mosaic_gpu.count(self.mine.at[index * APART])
 
     def wait_for(self, index):
         """Waits until all programs have written their parts of a product."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        def wait(_, counter):
-            counter = utils.SemaphoreRef(utils.memref_ptr(counter))
-            counter.wait(PROGRAMS, decrement=False, memory_scope="gpu")
-            _order_copies()
-
-        wait(self.mine.at[index * APART])
-
-
-def _wait_if(condition, barrier):
-    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
-
-
-def _copy(source, slot, rows, numbers, stride):
-    """Begins to copy a tile [rows, numbers] to shared memory; `stride` is what lies between the source's rows."""
-    chunks = 2 * numbers // CHUNK
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TRANSFORMS)))
-    def copy(_, source, slot):
-        number = _Number
-        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
-        place = number(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(slot)))
-        for thread in range(0, rows * chunks, WARPGROUP):
-            chunk = number.thread() + thread
-            row, column = chunk // chunks, chunk % chunks
-            to = _offset(row, column, numbers) + place
-            at = row * (2 * stride) + column * CHUNK
-            _assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", to.value, at.beside(first))
-
-    copy(source, slot)
-
-
-def _offset(row, chunk, numbers):
-    """Returns where a chunk of a tile [rows, numbers] lies in shared memory, in bytes, as matrix products read it.
-
-    In tiles of eight rows by 64 numbers, 1 KiB each, in whose row r chunk c is at c xor r.
-    """
-    tile = row // 8 * (numbers // 64) + chunk // 8
-    return tile * 1024 + row % 8 * 128 + (chunk % 8 ^ row % 8) * CHUNK
-
-
-def _bring(source, rows, numbers, stride):
-    """Brings a tile [rows, numbers] to the L2 cache, a line a thread."""
-    lines = numbers // LEAST_DEPTH
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def bring(_, source):
-        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
-        for thread in range(0, rows * lines, WARPGROUP):
-            line = (_Number.thread() + thread).at_most(rows * lines - 1)
-            at = line // lines * (2 * stride) + line % lines * (2 * LEAST_DEPTH)
-            _assembly("prefetch.global.L2 [$0];", "l", at.beside(first))
-
-    bring(source)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Number:
-    """An unsigned number of 32 bits in a thread, with Python's arithmetic."""
-
-    value: ir.Value
-
-    @classmethod
-    def thread(cls):
-        """The thread's number in its warpgroup."""
-        return cls(utils.thread_idx()) % WARPGROUP
-
-    def __add__(self, other):
-        return _Number(arith.addi(self.value, self._of(other)))
-
-    def __mul__(self, other):
-        return _Number(arith.muli(self.value, self._of(other)))
-
-    def __floordiv__(self, other):
-        return _Number(arith.divui(self.value, self._of(other)))
-
-    def __mod__(self, other):
-        return _Number(arith.remui(self.value, self._of(other)))
-
-    def __xor__(self, other):
-        return _Number(arith.xori(self.value, self._of(other)))
-
-    def at_most(self, other):
-        """The lesser of both."""
-        return _Number(arith.minui(self.value, self._of(other)))
-
-    def beside(self, address):
-        """Returns an address of 64 bits that is so many bytes further."""
-        return arith.addi(address, arith.extui(address.type, self.value))
-
-    def _of(self, other):
-        return other.value if isinstance(other, _Number) else utils.c(other, self.value.type)
-
-
-def _end_of_copies():
-    plgpu.inline_mgpu()(lambda _: _assembly("cp.async.commit_group;"))()
-
-
-def _wait_for_copies(but):
-    """Waits for the thread's copies but for the newest, and shows them to the tensor cores."""
-
-    @plgpu.inline_mgpu()
-    def wait(_):
-        _assembly(f"cp.async.wait_group {but};")
-        _assembly("fence.proxy.async.shared::cta;")
-
-    wait()
-
-
-def _order_copies():
-    """Orders what threads write, and what the copy engine reads after that."""
-    _assembly("fence.proxy.async;")
-
-
-def _assembly(text, constraints="", *operands):
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
+        mosaic_gpu.wait_for_count(self.mine.at[index * APART], PROGRAMS)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
-from rattn.decoding import layers, products_persistent_gpu
+from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu
 from rattn.decoding.products_gpu import GATE_COLUMNS
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
@@ -167,7 +167,7 @@ def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
     found = np.full(rows * numbers, -1)
     for row in range(rows):
         for chunk in range(numbers // 8):
-            first = products_persistent_gpu._offset(row, chunk, numbers) // 2
+            first = mosaic_gpu.offset(row, chunk, numbers) // 2
             found[first : first + 8] = row * numbers + chunk * 8 + np.arange(8)
     np.testing.assert_array_equal(found, wanted)
 

@@ -1,0 +1,154 @@
+"""What `products_persistent_gpu` needs and Pallas' Mosaic GPU has no word for, in Mosaic's own and in assembly.
+
+Copies to shared memory by threads, which do not stand in the copy engine's line; lines brought to the L2 cache; and
+counters in device memory, by which programs wait for each other.
+"""
+
+import dataclasses
+
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Threads of a warpgroup, and bytes that one of them copies at a time.
+WARPGROUP, CHUNK = 128, 16
+# Numbers of bfloat16 in a line of shared memory, or of the cache.
+LINE = 64
+# How tiles lie that matrix products read.
+TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
+
+
+def wait_if(condition, barrier):
+    """Waits for a barrier where `condition` is true."""
+    pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
+
+
+def copy(source, slot, rows, numbers, stride):
+    """Begins to copy a tile [rows, numbers] to shared memory; `stride` is what lies between the source's rows."""
+    chunks = 2 * numbers // CHUNK
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TRANSFORMS)))
+    def begin(_, source, slot):
+        number = _Number
+        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
+        place = number(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(slot)))
+        for thread in range(0, rows * chunks, WARPGROUP):
+            chunk = number.thread() + thread
+            row, column = chunk // chunks, chunk % chunks
+            to = offset(row, column, numbers) + place
+            at = row * (2 * stride) + column * CHUNK
+            _assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", to.value, at.beside(first))
+
+    begin(source, slot)
+
+
+def offset(row, chunk, numbers):
+    """Returns where a chunk of a tile [rows, numbers] lies in shared memory, in bytes, as matrix products read it.
+
+    In tiles of eight rows by LINE numbers, 1 KiB each, in whose row r chunk c is at c xor r.
+    """
+    tile = row // 8 * (numbers // LINE) + chunk // 8
+    return tile * 1024 + row % 8 * 128 + (chunk % 8 ^ row % 8) * CHUNK
+
+
+def bring(source, rows, numbers, stride):
+    """Brings a tile [rows, numbers] to the L2 cache, a line a thread."""
+    lines = numbers // LINE
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def begin(_, source):
+        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
+        for thread in range(0, rows * lines, WARPGROUP):
+            line = (_Number.thread() + thread).at_most(rows * lines - 1)
+            at = line // lines * (2 * stride) + line % lines * (2 * LINE)
+            _assembly("prefetch.global.L2 [$0];", "l", at.beside(first))
+
+    begin(source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """An unsigned number of 32 bits in a thread, with Python's arithmetic."""
+
+    value: ir.Value
+
+    @classmethod
+    def thread(cls):
+        """The thread's number in its warpgroup."""
+        return cls(utils.thread_idx()) % WARPGROUP
+
+    def __add__(self, other):
+        return _Number(arith.addi(self.value, self._of(other)))
+
+    def __mul__(self, other):
+        return _Number(arith.muli(self.value, self._of(other)))
+
+    def __floordiv__(self, other):
+        return _Number(arith.divui(self.value, self._of(other)))
+
+    def __mod__(self, other):
+        return _Number(arith.remui(self.value, self._of(other)))
+
+    def __xor__(self, other):
+        return _Number(arith.xori(self.value, self._of(other)))
+
+    def at_most(self, other):
+        """The lesser of both."""
+        return _Number(arith.minui(self.value, self._of(other)))
+
+    def beside(self, address):
+        """Returns an address of 64 bits that is so many bytes further."""
+        return arith.addi(address, arith.extui(address.type, self.value))
+
+    def _of(self, other):
+        return other.value if isinstance(other, _Number) else utils.c(other, self.value.type)
+
+
+def end_of_copies():
+    """Makes one group of the copies that the thread began since the last."""
+    plgpu.inline_mgpu()(lambda _: _assembly("cp.async.commit_group;"))()
+
+
+def wait_for_copies(but):
+    """Waits for the thread's groups of copies but for the newest, and shows them to the tensor cores."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        _assembly(f"cp.async.wait_group {but};")
+        _assembly("fence.proxy.async.shared::cta;")
+
+    wait()
+
+
+def count(counter):
+    """Adds one to an int32 of device memory, after all that the warpgroup has written."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add(_, counter):
+        _order_copies()
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    add(counter)
+
+
+def wait_for_count(counter, value):
+    """Waits until an int32 of device memory is at least `value`; what its counters wrote before can then be read."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, counter):
+        utils.SemaphoreRef(utils.memref_ptr(counter)).wait(value, decrement=False, memory_scope="gpu")
+        _order_copies()
+
+    wait(counter)
+
+
+def _order_copies():
+    """Orders what threads write, and what the copy engine reads after that."""
+    _assembly("fence.proxy.async;")
+
+
+def _assembly(text, constraints="", *operands):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
