@@ -12,9 +12,11 @@ gap before it; it counts from the end of the kernel before, where that one let i
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 import pathlib
 import statistics
 import tempfile
@@ -36,6 +38,7 @@ from scripts.trace_costs import kernel_calls
 # Arrays of a case, at least: several times a GPU's cache.
 COLD_BYTES = 500_000_000
 CALLS = 3
+NUMBERS = itertools.count()
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
 
@@ -101,6 +104,9 @@ def main():
                 rows.append([case.name, name, *micros, f"{case.size / statistics.median(seconds) / 1e12:.2f}"])
                 print(*rows[-1], flush=True)
     print("\n" + table(["kernel", "variant", "µs", "extremes", "TB/s"], rows))
+    for case in cases if args.timeline else ():
+        if "persistent" in case.name:
+            print("\n" + timeline(case))
 
 
 def arguments():
@@ -110,6 +116,7 @@ def arguments():
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
+    parser.add_argument("--timeline", action="store_true", help="of the programs of pallas_gpu_persistent products")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:AHEAD, beside the one in use")
     return parser.parse_args()
 
@@ -188,16 +195,16 @@ def products_case(model, text, rings=()):
     return Case(text, size, (own, shared), run, variants, kernels=1 if persistent else 4)
 
 
+def draw(shape):
+    """Draws an array; counters begin at zero."""
+    if shape.dtype == jnp.int32:
+        return jnp.zeros(shape.shape, shape.dtype)
+    return jax.random.normal(jax.random.key(next(NUMBERS)), shape.shape, shape.dtype)
+
+
 def times(case, compiled):
     """Returns {variant: seconds of every call of the kernel}; what cannot be compiled or run costs its own line."""
     own, shared = case.shapes
-    keys = (jax.random.key(n) for n in itertools.count())
-
-    def draw(shape):
-        if shape.dtype == jnp.int32:  # Counters begin at zero.
-            return jnp.zeros(shape.shape, shape.dtype)
-        return jax.random.normal(next(keys), shape.shape, shape.dtype)
-
     arrays, shared, able = None, jax.tree.map(draw, shared), {}
     for name, future in compiled.items():
         arrays = arrays or [jax.tree.map(draw, own) for _ in range(case.count)]
@@ -226,6 +233,38 @@ def times(case, compiled):
         return {}
     calls = [sum(calls[i : i + case.kernels]) for i in range(0, len(calls), case.kernels)]
     return {name: calls[i * each : (i + 1) * each] for i, name in enumerate(able)}
+
+
+def timeline(case):
+    """Runs a case once with Mosaic's profiler; returns the table of its scopes."""
+    with tempfile.TemporaryDirectory() as folder:
+        space = {"profile_space": 256, "profile_bounds_check": True, "profile_dir": folder}
+        # The profiler takes shared memory too.
+        with values_set(products_persistent_gpu, {"PROFILE": space, "SHARED_BYTES": 208 * 1024}):
+            jax.clear_caches()
+            compiled = case.traced().lower().compile()
+        own, shared = case.shapes
+        arrays = [jax.tree.map(draw, own) for _ in range(case.count)]
+        jax.block_until_ready(compiled(arrays, jax.tree.map(draw, shared)))
+        jax.effects_barrier()
+        newest = max(pathlib.Path(folder).glob("*.json"), key=lambda file: file.stat().st_mtime)
+        return timeline_table(json.loads(newest.read_text())["traceEvents"])
+
+
+def timeline_table(events):
+    """Lays scopes out: when a warpgroup first enters one and last leaves it, medians over warpgroups, 1,000 cycles.
+
+    Times count from a warpgroup's own first event.
+    """
+    begins, spans = {}, collections.defaultdict(dict)
+    for event in sorted(events, key=lambda event: event["ts"]):
+        at = event["ts"] - begins.setdefault(event["tid"], event["ts"])
+        spans[event["name"]].setdefault(event["tid"], [at, at])[1] = at
+    rows = []
+    for name, of_warpgroup in spans.items():
+        first, last = (statistics.median(span[i] for span in of_warpgroup.values()) for i in (0, 1))
+        rows.append((first, [name, f"{first:.2f}", f"{last:.2f}", str(len(of_warpgroup))]))
+    return table(["scope", "from", "to", "warpgroups"], [row for _, row in sorted(rows)])
 
 
 if __name__ == "__main__":

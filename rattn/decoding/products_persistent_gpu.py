@@ -49,6 +49,8 @@ AHEAD, BRING_NEXT = 0, False
 MOST_COLUMNS, LEAST_DEPTH = 128, 64
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
+# Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
+PROFILE = {}
 
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -166,7 +168,7 @@ def run(
         functools.partial(_kernel, plan),
         out_type=tuple(results.values()),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0, **PROFILE),
         name="decode_products",
     )(o_BE, x_RD, *weights.values(), *read_next, mine, others)
     found = dict(zip(results, found, strict=True))
@@ -357,7 +359,7 @@ class _Program:
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
             copies = product.length // ROW_NUMBERS
             if index:
-                self.wait_for(index - 1)
+                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS)
                 plgpu.barrier_arrive(self.written)
 
             def copy(i, count, source=source, copies=copies):
@@ -381,17 +383,18 @@ class _Program:
         out, down = self.products["out"], self.products["down"]
         columns = pl.ds(self.number * out.tile, out.tile)
         x = plgpu.load(self.x.at[:, columns], layout=LAYOUT, optimized=False).astype(jnp.float32)
-        x = self.add(out, x, columns, "middle", 0)
-        self.signal(0)
-        plgpu.barrier_wait(self.written)
-        self.normed_tiles("gate_up", 0)
-        self.signal(1)
-        plgpu.barrier_wait(self.written)
-        self.add(down, x, columns, "x", 1)
+        with jax.named_scope("out"):
+            x = self.add(out, x, columns, "middle", 0)
+        self.meet(0)
+        with jax.named_scope("gate_up"):
+            self.normed_tiles("gate_up", 0)
+        self.meet(1)
+        with jax.named_scope("down"):
+            self.add(down, x, columns, "x", 1)
         if "qkv" in self.products:
-            self.signal(2)
-            plgpu.barrier_wait(self.written)
-            self.normed_tiles("qkv", 1)
+            self.meet(2)
+            with jax.named_scope("qkv"):
+                self.normed_tiles("qkv", 1)
         # Neither program of a cluster leaves while the other may still arrive at its barriers.
         plgpu.barrier_arrive(self.done)
         plgpu.barrier_wait(self.done)
@@ -472,10 +475,9 @@ class _Program:
         plgpu.barrier_arrive(self.rows_empty.at[row_slot(product.length // ROW_NUMBERS - 1)])
         return sums
 
-    def signal(self, index):
-        """Tells all programs that this one has written its part of a product."""
-        mosaic_gpu.count(self.mine.at[index * APART])
-
-    def wait_for(self, index):
-        """Waits until all programs have written their parts of a product."""
-        mosaic_gpu.wait_for_count(self.mine.at[index * APART], PROGRAMS)
+    def meet(self, index):
+        """Tells all programs that this one has written its part of a product, and waits for theirs."""
+        with jax.named_scope("tell"):
+            mosaic_gpu.count(self.mine.at[index * APART])
+        with jax.named_scope("meet"):
+            plgpu.barrier_wait(self.written)

@@ -81,3 +81,12 @@ def test_constants_are_set_for_a_while():
         constants_set("attention_gpu.MOST_PARTZ=7", "rattn.decoding"),
     ):
         raise AssertionError("not reached")
+
+
+def test_the_timeline_of_scopes():
+    """Of two warpgroups, one of which enters a scope twice."""
+    events = [("out", 1, 5.0), ("out", 1, 7.0), ("meet", 1, 7.0), ("meet", 1, 8.0), ("out", 1, 9.0), ("out", 1, 9.5)]
+    events += [("out", 2, 6.0), ("out", 2, 7.5)]
+    events = [{"name": name, "tid": tid, "ts": ts, "ph": "BE"[i % 2]} for i, (name, tid, ts) in enumerate(events)]
+    lines = bench_decode_kernels.timeline_table(events[::-1]).splitlines()
+    assert [line.split() for line in lines[1:]] == [["out", "0.00", "3.00", "2"], ["meet", "2.00", "3.00", "1"]]
