@@ -53,6 +53,10 @@ TILING = Tiling(slots=32, warps=2, stages=3, programs=512)
 # Without a state. A fourth stage leaves a multiprocessor no room for more than its share of programs, some of which
 # would otherwise come early, several to one.
 FULL_TILING = dataclasses.replace(TILING, stages=4)
+# A GPU deals programs out to its multiprocessors in turn, and a head has four of the 528 that 132 of these hold: where a
+# head's stand together, every fourth multiprocessor gets states alone, which are the longest. SPREAD: they stand apart.
+# Not measured yet.
+SPREAD = False
 
 
 class Rotation(NamedTuple):
@@ -137,7 +141,7 @@ def attend(
     G, dtype = qkv_BKAH.shape[2] - 2, v_BKSH.dtype
     linear = state_BKPH is not None
     # One round of programs, as many as the GPU holds at a time, or as many as it takes.
-    tiling = TILING if linear else FULL_TILING
+    tiling, spread = TILING if linear else FULL_TILING, linear and SPREAD
     parts = max(1, min(tiling.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
@@ -159,8 +163,8 @@ def attend(
     if linear:
         wanted["linear"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
     out = pl.pallas_call(
-        functools.partial(_kernel, plan, tiling, (*given, *wanted), parts),
-        grid=(parts + linear, B * K),
+        functools.partial(_kernel, plan, tiling, (*given, *wanted), parts, spread),
+        grid=(B * K, parts + linear) if spread else (parts + linear, B * K),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted.values()],
         input_output_aliases={0: 0, 1: 1, 2: 2},
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps * max(1, H // 128), num_stages=tiling.stages),
@@ -171,9 +175,9 @@ def attend(
     return found["out"], found["kept k"], found["kept v"], found["arrived"]
 
 
-def _kernel(plan, tiling, names, parts, *refs):
+def _kernel(plan, tiling, names, parts, spread, *refs):
     refs = dict(zip(names, refs, strict=True))
-    program = Program(plan, refs, parts, tiling.slots)
+    program = Program(plan, refs, parts, tiling.slots, spread)
 
     def read_keys():
         o, most, total = softmax_branch(program)
@@ -199,7 +203,7 @@ def _comes_last(program):
     if not program.plan.interpret:
         plgpu.debug_barrier()  # All threads have written; counting publishes it.
     before = plgpu.atomic_add(program.refs["arrived"], (program.batch, program.head), jnp.ones((), jnp.int32))
-    return before == pl.num_programs(0) - 1
+    return before == program.programs - 1
 
 
 def _sum_of_parts(program):
