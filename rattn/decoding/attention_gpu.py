@@ -53,9 +53,9 @@ TILING = Tiling(slots=32, warps=2, stages=3, programs=512)
 # Without a state. A fourth stage leaves a multiprocessor no room for more than its share of programs, some of which
 # would otherwise come early, several to one.
 FULL_TILING = dataclasses.replace(TILING, stages=4)
-# A GPU deals programs out to its multiprocessors in turn, and a head has four of the 528 that 132 of these hold: where a
-# head's stand together, every fourth multiprocessor gets states alone, which are the longest. SPREAD: they stand apart.
-# Not measured yet.
+# A GPU deals programs out to its 132 multiprocessors in turn, four to each, and at batch 32 a head has four: where they
+# stand together, every fourth multiprocessor gets states alone, which take longest. SPREAD: they stand apart. Not
+# measured yet.
 SPREAD = False
 
 
