@@ -24,7 +24,7 @@ study=$1 out=$2 seconds=$3
 shift 3
 case $study in
   window) config=configs/small.py processes=${PROCESSES:-4} alone=--train_alone ;;
-  recall) config=configs/recall.py processes=${PROCESSES:-4} alone=--notrain_alone ;;
+  recall) config=configs/recall.py processes=${PROCESSES:-8} alone=--notrain_alone ;;
   *) echo "study_lease.sh: there is no study '$study'; name window or recall." >&2; exit 1 ;;
 esac
 started=$(date +%s)
