@@ -39,7 +39,8 @@ def copy(source, slot, rows, numbers, stride):
             row, column = chunk // chunks, chunk % chunks
             to = offset(row, column, numbers) + place
             at = row * (2 * stride) + column * CHUNK
-            _assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l", to.value, at.beside(first))
+            # Memory gives 256 bytes for the price of 128, and the tile beside this one comes next.
+            _assembly("cp.async.cg.shared.global.L2::256B [$0], [$1], 16;", "r,l", to.value, at.beside(first))
 
     begin(source, slot)
 
