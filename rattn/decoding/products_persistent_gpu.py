@@ -153,7 +153,10 @@ def run(
     read_next = [x.reshape(-1, x.shape[-1]) for x in read_next if BRING_NEXT]
     read_next = [x for x in read_next if x.shape[0] % PROGRAMS == 0 and x.shape[1] % LEAST_DEPTH == 0]
     weights = {name: weights[name].reshape(-1, weights[name].shape[-1]) for name in PRODUCTS if name in weights}
-    plan = _Plan(o_BE.shape[0], {name: x.shape for name, x in weights.items()}, len(read_next), epsilon, activation)
+    rows = o_BE.shape[0]
+    if rows > 8:  # The copy engine takes what is less than eight rows, or whole groups of them.
+        o_BE = jnp.pad(o_BE, ((0, -rows % 8), (0, 0)))
+    plan = _Plan(rows, {name: x.shape for name, x in weights.items()}, len(read_next), epsilon, activation)
     mesh = plgpu.Mesh(
         grid=(PROGRAMS // SIDES,),
         grid_names=("pair",),
@@ -193,8 +196,9 @@ class _Plan:
         self.kept_rows = (self.row_slots - 1) * self.rows + ROWS
         self.weight_slots = (SHARED_BYTES - 2 * self.kept_rows * ROW_NUMBERS) // (2 * WEIGHT_NUMBERS)
         # So many copies of weights are on the way before the first of them is waited for. A slot is free when the one
-        # after it is multiplied, and so two are left: one that is multiplied and one that is shown to be there.
-        self.late = self.weight_slots - 2
+        # after it is multiplied, and so one is left.
+        self.late = self.weight_slots - 1
+        assert min(self.row_slots, self.weight_slots) > 1, "A ring of one slot would wait for itself."
 
     def results(self):
         """Types of what the kernel writes, its own notes among them."""
@@ -245,7 +249,7 @@ def _kernel(plan, o, x, *refs):
         warpgroup = jax.lax.axis_index("warpgroup")
         for number, (work, registers, action) in enumerate(
             [
-                (program.copy_weights, 96, "decrease"),
+                (program.copy_weights, 136, "decrease"),
                 (program.copy_rows, 40, "decrease"),
                 (program.multiply_all, 232, "increase"),
             ]
@@ -283,6 +287,11 @@ class _Program:
         total = sum(self.copies(product) for product in self.products.values())
 
         def step(n, carry):
+            @pl.when(n >= late)
+            def _():
+                mosaic_gpu.wait_for_copies(late - 1)
+                plgpu.barrier_arrive(self.weights_full.at[jax.lax.rem(n - late, jnp.int32(slots))])
+
             @pl.when(n < total)
             def _():
                 slot = jax.lax.rem(n, jnp.int32(slots))
@@ -295,12 +304,6 @@ class _Program:
 
             pl.when(n == total)(self.bring_next)
             mosaic_gpu.end_of_copies()
-
-            @pl.when(n >= late)
-            def _():
-                mosaic_gpu.wait_for_copies(late)
-                plgpu.barrier_arrive(self.weights_full.at[jax.lax.rem(n - late, jnp.int32(slots))])
-
             return carry
 
         jax.lax.fori_loop(0, total + late, step, None)
