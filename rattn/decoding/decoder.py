@@ -82,6 +82,8 @@ class Decoder:
             attention = "pallas_gpu" if one_gpu else "xla"
         if products == "auto":
             products = "pallas_gpu" if one_gpu and devices.on_hopper() else "xla"
+        if products == "pallas_gpu_persistent" and not devices.on_hopper():
+            raise UserError("products='pallas_gpu_persistent' runs on a Hopper GPU and there is none; use 'auto'.")
         how = "interpreted" if platform == "cpu" else "compiled"
         kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_persistent": "persistent"}
         fitting = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_gpu.fits}.get(products)

@@ -193,6 +193,8 @@ def test_wrong_choices_are_refused(miniature):
     decoder = type(mini.decoder)
     with pytest.raises(UserError, match="products is 'pallas'"):
         decoder(mini.model, on_devices(1, 1), products="pallas")
+    with pytest.raises(UserError, match="products='pallas_gpu_persistent' runs on a Hopper GPU and there is none"):
+        decoder(mini.model, on_devices(1, 1), products="pallas_gpu_persistent")
     with pytest.raises(UserError, match="products='pallas_gpu' runs on one device and there are 2"):
         decoder(mini.model, on_devices(2, 1), products="pallas_gpu")
 
