@@ -27,9 +27,13 @@ def turn(path: pathlib.Path | None, *, stopped: Callable[[], bool], say: Callabl
     with path.open("w") as file:
         began = time.monotonic()
         with _place_in_line(path) as place:
-            if not (_is_first(place, path) and locked(file)):
+
+            def comes() -> bool:
+                return _is_first(place, path) and locked(file)
+
+            if not comes():
                 say("Compiled; waiting for another training to end …")
-                while not stopped() and not (_is_first(place, path) and locked(file)):
+                while not stopped() and not comes():
                     time.sleep(SECONDS_BETWEEN_TRIES)
                 say(f"Waited {time.monotonic() - began:.0f} s.")
         yield

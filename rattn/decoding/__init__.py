@@ -24,6 +24,6 @@ stacked layers would compile faster, but it hands XLA slices of the stacks, and 
 copied first unless the backend can fuse it: weights and caches are all that a step reads, so that a copy of them takes
 longer than the step.
 
-A step is written twice, in XLA's operations (`step`, `layers`) and for one GPU in kernels, which a `Decoder`
+A step is written twice, in XLA's operations (`attention_xla`, `layers`) and for one GPU in kernels, which a `Decoder`
 takes where they fit: `attention_gpu` for all of a layer between its products, `products_gpu` for these.
 """

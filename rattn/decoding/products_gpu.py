@@ -63,9 +63,10 @@ class Tile:
         return max(2, SHARED_BYTES // size)
 
 
-# For the 3B model at 32 rows on an H200, by scripts/bench_decode_kernels.py: programs read rows as often as there are
-# tiles, and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
-GATE_COLUMNS = 64  # of the gate, and then as many of up, in the weights
+# Columns of the gate, and then as many of up, that lie beside each other in the weights.
+GATE_COLUMNS = 64
+# For the 3B model at 32 rows on an H200 (docs/kernel_log_gpu.md, 5): programs read rows as often as there are tiles, and
+# what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
     "out": Tile(columns=16, depth=64),

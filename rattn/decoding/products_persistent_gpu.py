@@ -46,7 +46,7 @@ SHARED_BYTES, ROW_BYTES = 225 * 1024, 112 * 1024
 # next kernel reads once all weights are on their way.
 AHEAD, BRING_NEXT = 0, False
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
-MOST_COLUMNS, LEAST_DEPTH = 128, 64
+MOST_COLUMNS, LEAST_DEPTH = 128, mosaic_gpu.LINE
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.

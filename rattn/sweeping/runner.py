@@ -282,14 +282,15 @@ class Runner:
             training = result["trained_steps"] * result["evaluation"]["training"]["step_seconds"]
             return max(result["seconds"]["train"] - training, 0)
 
-        evaluations = [result["seconds"]["evaluate"] or 0 for result in timed]
-        training = step_seconds * self._steps_left(point)
-        if not self.options.train_alone:
-            return max(map(start, timed)) + training + max(evaluations)
-        # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
-        # while those before it train. An evaluation compiles, which nothing before it can have done for it.
-        ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
-        return max(min(map(start, timed)), ahead) + training + max(evaluations)
+        begins = max(map(start, timed))
+        if self.options.train_alone:
+            # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
+            # while those before it train.
+            ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
+            begins = max(min(map(start, timed)), ahead)
+        # The longest evaluation: one that compiles, which nothing before it can have done for it.
+        evaluation = max(result["seconds"]["evaluate"] or 0 for result in timed)
+        return begins + step_seconds * self._steps_left(point) + evaluation
 
     def _steps_left(self, point: Point, *, running: bool = False) -> int:
         """Steps that a point has yet to train, its trunk's too where that is not on this machine."""
