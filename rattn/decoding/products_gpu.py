@@ -65,8 +65,8 @@ class Tile:
 
 # Columns of the gate, and then as many of up, that lie beside each other in the weights.
 GATE_COLUMNS = 64
-# For the 3B model at 32 rows on an H200 (docs/kernel_log_gpu.md, 5): programs read rows as often as there are tiles, and
-# what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
+# For the 3B model at 32 rows on an H200 (docs/kernel_log_gpu.md, 5): programs read rows as often as there are tiles,
+# and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
     "out": Tile(columns=16, depth=64),
