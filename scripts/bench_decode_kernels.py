@@ -2,11 +2,11 @@
 
     python -m scripts.bench_decode_kernels                                     # the 3B model's, as they are tuned
     python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
-    python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:0 112:8
+    python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:4 112:3
 
 Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
-attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`, a ring KiB:AHEAD of
-`rattn.decoding.products_persistent_gpu`: shared memory for rows, and AHEAD. A time is that of one kernel, or of the
+attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`, a ring KiB:LATE of
+`rattn.decoding.products_persistent_gpu`: shared memory for rows, and LATE. A time is that of one kernel, or of the
 four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
 gap before it; it counts from the end of the kernel before, where that one let it in early.
 """
@@ -117,7 +117,7 @@ def arguments():
     parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of pallas_gpu_persistent products")
-    parser.add_argument("--rings", nargs="*", default=[], help="KiB:AHEAD, beside the one in use")
+    parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
     return parser.parse_args()
 
 
@@ -170,7 +170,8 @@ def products_case(model, text, rings=()):
     """Builds the case of the products between two layers' attention."""
     kind, rows = text.split(":")
     rows, persistent = int(rows), kind == "pallas_gpu_persistent"
-    shapes, gate_columns = product_shapes(model), products_gpu.GATE_COLUMNS
+    shapes = product_shapes(model)
+    gate_columns = (products_persistent_gpu if persistent else products_gpu).GATE_COLUMNS
     columns, length = shapes["gate_up"]
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
@@ -189,8 +190,8 @@ def products_case(model, text, rings=()):
 
     variants = {"in use": (products_persistent_gpu, {})}
     for ring in rings if persistent else ():
-        kib, ahead = map(int, ring.split(":"))
-        variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "AHEAD": ahead}
+        kib, late = map(int, ring.split(":"))
+        variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
     return Case(text, size, (own, shared), run, variants, kernels=1 if persistent else 4)
 

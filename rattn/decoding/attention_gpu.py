@@ -53,10 +53,6 @@ TILING = Tiling(slots=32, warps=2, stages=3, programs=512)
 # Without a state. A fourth stage leaves a multiprocessor no room for more than its share of programs, some of which
 # would otherwise come early, several to one.
 FULL_TILING = dataclasses.replace(TILING, stages=4)
-# A GPU deals programs out to its 132 multiprocessors in turn, four to each, and at batch 32 a head has four: where they
-# stand together, every fourth multiprocessor gets states alone, which take longest. SPREAD: they stand apart. Not
-# measured yet.
-SPREAD = False
 
 
 class Rotation(NamedTuple):
@@ -141,7 +137,7 @@ def attend(
     G, dtype = qkv_BKAH.shape[2] - 2, v_BKSH.dtype
     linear = state_BKPH is not None
     # One round of programs, as many as the GPU holds at a time, or as many as it takes.
-    tiling, spread = TILING if linear else FULL_TILING, linear and SPREAD
+    tiling = TILING if linear else FULL_TILING
     parts = max(1, min(tiling.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
@@ -163,8 +159,8 @@ def attend(
     if linear:
         wanted["linear"] = jax.ShapeDtypeStruct((B, K, G, H), dtype)
     out = pl.pallas_call(
-        functools.partial(_kernel, plan, tiling, (*given, *wanted), parts, spread),
-        grid=(B * K, parts + linear) if spread else (parts + linear, B * K),
+        functools.partial(_kernel, plan, tiling, (*given, *wanted), parts),
+        grid=(parts + linear, B * K),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in wanted.values()],
         input_output_aliases={0: 0, 1: 1, 2: 2},
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps * max(1, H // 128), num_stages=tiling.stages),
@@ -175,9 +171,9 @@ def attend(
     return found["out"], found["kept k"], found["kept v"], found["arrived"]
 
 
-def _kernel(plan, tiling, names, parts, spread, *refs):
+def _kernel(plan, tiling, names, parts, *refs):
     refs = dict(zip(names, refs, strict=True))
-    program = Program(plan, refs, parts, tiling.slots, spread)
+    program = Program(plan, refs, parts, tiling.slots)
 
     def read_keys():
         o, most, total = softmax_branch(program)

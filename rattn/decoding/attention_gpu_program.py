@@ -19,14 +19,13 @@ class Program:
     Queries and keys are pairs: the two halves of their dims, which rotation pairs.
     """
 
-    def __init__(self, plan, refs, parts, tile, spread):
+    def __init__(self, plan, refs, parts, tile):
         self.plan, self.refs, self.parts, self.tile = plan, refs, parts, tile
         _, heads, self.slots, self.H = refs["k"].shape
         self.G, self.half = refs["qkv"].shape[2] - 2, self.H // 2
         self.Q = LEAST_QUERIES if self.G <= LEAST_QUERIES else MOST_QUERIES
-        heads_dim, parts_dim = (0, 1) if spread else (1, 0)
-        self.part, self.programs = pl.program_id(parts_dim), pl.num_programs(parts_dim)
-        row = let_next_begin(pl.program_id(heads_dim), plan.interpret)
+        self.part, self.programs = pl.program_id(0), pl.num_programs(0)
+        row = let_next_begin(pl.program_id(1), plan.interpret)
         self.batch, self.head = row // heads, row % heads
         self.newest, self.known, self.unfolded = (refs["counts"][self.batch, i] for i in range(3))
         self.kept_as_projected, self.dtype = "state" in refs, refs["v"].dtype

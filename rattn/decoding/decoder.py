@@ -99,8 +99,9 @@ class Decoder:
 
     def weights(self, parameters: Tree) -> dict[str, Any]:
         """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
-        for_products_gpu = self._kernels.products != "none"
-        return layers.decoding_weights(self.model, parameters, self.sharding, for_products_gpu)
+        products = products_persistent_gpu if self._kernels.persistent else products_gpu
+        gate_columns = 0 if self._kernels.products == "none" else products.GATE_COLUMNS
+        return layers.decoding_weights(self.model, parameters, self.sharding, gate_columns)
 
     def layout(self, batch: int, capacity: int) -> CacheLayout:
         """Describes a cache for `batch` sequences of up to `capacity` tokens."""

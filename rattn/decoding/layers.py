@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kernels_pallas.normed_sum.plain import forward as plain_normed_sum
-from rattn.decoding import products_gpu
 from rattn.model.layers import ACTIVATIONS, rms_norm
 from rattn.sharding import Sharding
 
@@ -26,8 +25,8 @@ LAYER_DIMS = {
     "out_ED": ("heads", "embed"),
     "gate_up_DCF": ("embed", None, "mlp"),
     "down_FD": ("mlp", "embed"),
-    # The same as `rattn.decoding.products_gpu` takes them, what is summed over last, J tiles of gate and up beside each
-    # other; norms' scales are in them.
+    # The same as `products_gpu` and `products_persistent_gpu` take them: what is summed over last, J tiles of gate and
+    # up beside each other, norms' scales in them.
     "qkv_KAHD": ("kv_heads", None, "head_dim", "embed"),
     "out_DE": ("embed", "heads"),
     "gate_up_JCFD": ("mlp", None, None, "embed"),
@@ -125,16 +124,15 @@ def product_shapes(model: ConfigDict) -> dict[str, tuple[int, int]]:
     }
 
 
-def decoding_weights(
-    model: ConfigDict, parameters: Tree, sharding: Sharding, for_products_gpu: bool = False
-) -> dict[str, Any]:
+def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding, gate_columns: int = 0) -> dict[str, Any]:
     """Lays training's parameters out for decoding: one tree a layer, matrices in the compute dtype, norms in float32.
 
     Args:
       model: `config.model`.
       parameters: as `ModelSpec.shapes`, of any float dtype; they are not changed.
       sharding: where the result goes.
-      for_products_gpu: whether they lie as `rattn.decoding.products_gpu` takes them.
+      gate_columns: where they lie as `rattn.decoding.products_gpu` takes them, or `products_persistent_gpu`: how many
+        columns of the gate, and then of up, lie beside each other.
 
     Returns:
       {"model": …, "layers": (…)}, with the names and dims of `MODEL_DIMS` and `LAYER_DIMS`.
@@ -149,7 +147,7 @@ def decoding_weights(
         return of_layer(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, repeat, keepdims=False), tree))
 
     def of_layer(tree: Tree) -> Weights:
-        return _layer_weights(model, tree, dtype, for_products_gpu)
+        return _layer_weights(model, tree, dtype, gate_columns)
 
     layers = []
     for index in range(model.layers):
@@ -173,7 +171,7 @@ def _model_weights(dtype: jnp.dtype, tree: Tree) -> dict[str, jax.Array]:
     return weights
 
 
-def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, for_products_gpu: bool) -> dict[str, jax.Array]:
+def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, gate_columns: int) -> dict[str, jax.Array]:
     mixer, mlp = tree["mixer"], tree["mlp"]
     D, K, H = mixer["k_DKH"].shape
     G = model.query_heads // K
@@ -185,8 +183,8 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, for_products
         "down_FD": mlp["down_FD"],
     }
     norms = {"mixer_norm_D": tree["mixer_norm"]["scale"], "mlp_norm_D": tree["mlp_norm"]["scale"]}
-    if for_products_gpu:
-        weights, norms = _for_products_gpu(weights, norms), {}
+    if gate_columns:
+        weights, norms = _for_products_gpu(weights, norms, gate_columns), {}
     for name in ("q_norm", "k_norm"):
         if name in mixer:
             norms[f"{name}_H"] = mixer[name]["scale"]
@@ -198,12 +196,12 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, for_products
     }
 
 
-def _for_products_gpu(weights: Weights, norms: Weights) -> dict[str, jax.Array]:
+def _for_products_gpu(weights: Weights, norms: Weights, gate_columns: int) -> dict[str, jax.Array]:
     """Multiplies the scales of the norms into the weights after them, and puts what is summed over last."""
     qkv_DKAH, gate_up_DCF = (weights[name].astype(jnp.float32) for name in ("qkv_DKAH", "gate_up_DCF"))
     mixer_D, mlp_D = (norms[name].astype(jnp.float32) for name in ("mixer_norm_D", "mlp_norm_D"))
     D, C, _ = gate_up_DCF.shape
-    gate_up_DCJF = (gate_up_DCF * mlp_D[:, None, None]).reshape(D, C, -1, products_gpu.GATE_COLUMNS)
+    gate_up_DCJF = (gate_up_DCF * mlp_D[:, None, None]).reshape(D, C, -1, gate_columns)
     return {
         "qkv_KAHD": jnp.moveaxis(qkv_DKAH * mixer_D[:, None, None, None], 0, -1),
         "out_DE": weights["out_ED"].T,

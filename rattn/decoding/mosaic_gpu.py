@@ -1,7 +1,7 @@
 """What `products_persistent_gpu` needs and Pallas' Mosaic GPU has no word for, in Mosaic's own and in assembly.
 
-Copies to shared memory by threads, which do not stand in the copy engine's line; lines brought to the L2 cache; and
-counters in device memory, by which programs wait for each other.
+Copies to shared memory by threads, which do not stand in the copy engine's line, and counters in device memory, by
+which programs wait for each other.
 """
 
 import dataclasses
@@ -26,21 +26,26 @@ def wait_if(condition, barrier):
 
 
 def copy(source, slot, rows, numbers, stride):
-    """Begins to copy a tile [rows, numbers] to shared memory; `stride` is what lies between the source's rows."""
+    """Copies a tile [rows, numbers] to shared memory, as one group; `stride` is what lies between the source's rows."""
     chunks = 2 * numbers // CHUNK
+    # A thread's chunks stand below each other, so many rows apart, and lie alike every eight rows.
+    apart = WARPGROUP // chunks
+    alike = max(1, 8 // apart)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(TRANSFORMS)))
     def begin(_, source, slot):
-        number = _Number
-        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
+        number, i64 = _Number, ir.IntegerType.get_signless(64)
         place = number(llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(slot)))
-        for thread in range(0, rows * chunks, WARPGROUP):
-            chunk = number.thread() + thread
-            row, column = chunk // chunks, chunk % chunks
-            to = offset(row, column, numbers) + place
-            at = row * (2 * stride) + column * CHUNK
-            # Memory gives 256 bytes for the price of 128, and the tile beside this one comes next.
-            _assembly("cp.async.cg.shared.global.L2::256B [$0], [$1], 16;", "r,l", to.value, at.beside(first))
+        row, column = number.thread() // chunks, number.thread() % chunks
+        at = (row * (2 * stride) + column * CHUNK).beside(llvm.ptrtoint(i64, utils.memref_ptr(source)))
+        to = [offset(row + n * apart, column, numbers) + place for n in range(alike)]
+        for n in range(rows // apart):
+            # Only the first of those that lie alike is computed.
+            below = n // alike * alike * apart
+            text = "cp.async.cg.shared.global.L2::256B [$0 + {}], [$1 + {}], 16;"
+            text = text.format(below // 8 * (numbers // LINE) * 1024, n * apart * 2 * stride)
+            _assembly(text, "r,l", to[n % alike].value, at)
+        _assembly("cp.async.commit_group;")
 
     begin(source, slot)
 
@@ -52,21 +57,6 @@ def offset(row, chunk, numbers):
     """
     tile = row // 8 * (numbers // LINE) + chunk // 8
     return tile * 1024 + row % 8 * 128 + (chunk % 8 ^ row % 8) * CHUNK
-
-
-def bring(source, rows, numbers, stride):
-    """Brings a tile [rows, numbers] to the L2 cache, a line a thread."""
-    lines = numbers // LINE
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def begin(_, source):
-        first = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(source))
-        for thread in range(0, rows * lines, WARPGROUP):
-            line = (_Number.thread() + thread).at_most(rows * lines - 1)
-            at = line // lines * (2 * stride) + line % lines * (2 * LINE)
-            _assembly("prefetch.global.L2 [$0];", "l", at.beside(first))
-
-    begin(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +85,6 @@ class _Number:
     def __xor__(self, other):
         return _Number(arith.xori(self.value, self._of(other)))
 
-    def at_most(self, other):
-        """The lesser of both."""
-        return _Number(arith.minui(self.value, self._of(other)))
-
     def beside(self, address):
         """Returns an address of 64 bits that is so many bytes further."""
         return arith.addi(address, arith.extui(address.type, self.value))
@@ -107,20 +93,17 @@ class _Number:
         return other.value if isinstance(other, _Number) else utils.c(other, self.value.type)
 
 
-def end_of_copies():
-    """Makes one group of the copies that the thread began since the last."""
-    plgpu.inline_mgpu()(lambda _: _assembly("cp.async.commit_group;"))()
-
-
 def wait_for_copies(but):
-    """Waits for the thread's groups of copies but for the newest, and shows them to the tensor cores."""
+    """Waits for the thread's groups of copies but for the newest.
 
-    @plgpu.inline_mgpu()
-    def wait(_):
-        _assembly(f"cp.async.wait_group {but};")
-        _assembly("fence.proxy.async.shared::cta;")
+    Tensor cores are shown them by who waits for this thread (`show_copies`): here it would wait for the newest, too.
+    """
+    plgpu.inline_mgpu()(lambda _: _assembly(f"cp.async.wait_group {but};"))()
 
-    wait()
+
+def show_copies():
+    """Shows the tensor cores what other threads have copied to shared memory."""
+    plgpu.inline_mgpu()(lambda _: _assembly("fence.proxy.async.shared::cta;"))()
 
 
 def count(counter):
@@ -128,7 +111,6 @@ def count(counter):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def add(_, counter):
-        _order_copies()
         utils.warpgroup_barrier()
         utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
 

@@ -54,18 +54,6 @@ class Handed(NamedTuple):
     counters: tuple[jax.Array, jax.Array] | None
 
 
-class Following(NamedTuple):
-    """What a layer's part of a step needs of the layer after it.
-
-    Attributes:
-      weights: the projections are made by the layer before.
-      read: what its attention reads, for kernels that bring it nearer.
-    """
-
-    weights: Weights
-    read: tuple[jax.Array, ...]
-
-
 def ring_rotations(
     layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, weights: dict[str, Any]
 ) -> tuple[attention_gpu.Rotation | None, ...]:
@@ -120,20 +108,13 @@ def step(
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
-        following = None
-        if number + 1 < len(layers):
-            following = Following(per_layer[number + 1], _keys_and_values(layers[number + 1], cache.layers[number + 1]))
+        following = per_layer[number + 1] if number + 1 < len(layers) else None
         handed, layer_cache = _layer_step(
             layer, cache.layout, kernels, rotation, per_layer[number], following, layer_cache, cache.clock, handed
         )
         kept.append(layer_cache)
     x_BD = handed.x_BD[:B]
     return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
-
-
-def _keys_and_values(layer: LayerSpec, cache: LayerCache) -> tuple[jax.Array, ...]:
-    """Returns the ring of a layer; what a full layer keeps is too large to be brought anywhere."""
-    return () if layer.kind == "full" else (cache["k_BKSH"], cache["v_BKSH"])
 
 
 def sampled_steps(
@@ -196,14 +177,14 @@ def _layer_step(
     kernels: Kernels,
     rotation: attention_gpu.Rotation | None,
     weights: Weights,
-    following: Following | None,
+    following: Weights | None,
     cache: LayerCache,
     clock: Clock,
     handed: Handed,
 ) -> tuple[Handed, LayerCache]:
-    """One layer's part of `step`: its attention and feed-forward, and the projections of the `following` layer.
+    """One layer's part of `step`: its attention and feed-forward, and the projections of the layer after it.
 
-    `clock` is the one before the token.
+    `following` are that layer's weights; `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, counters = handed
     if _kernel_attends(kernels, layer, x_BD.dtype):
@@ -215,18 +196,17 @@ def _layer_step(
         o_BE, cache = attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: clock.length_B.shape[0]])
     if kernels.products == "none":
         x_BD = finish(layer, weights, x_BD, o_BE)
-        qkv_BKAH = project(layer, following.weights, x_BD) if following else None
+        qkv_BKAH = project(layer, following, x_BD) if following else None
         return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
     given = {"out": weights["out_DE"], "gate_up": weights["gate_up_JCFD"], "down": weights["down_DF"]}
     if following:
-        given["qkv"] = following.weights["qkv_KAHD"].reshape(-1, x_BD.shape[1])
+        given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
     if kernels.persistent:
-        read_next = following.read if following else ()
-        x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, read_next=read_next, **how)
+        x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
-    qkv_BKAH = qkv_BN.reshape(-1, *following.weights["qkv_KAHD"].shape[:-1]) if following else None
+    qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
     return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
 
 

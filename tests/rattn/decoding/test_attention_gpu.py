@@ -182,11 +182,6 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
     assert_within_rounding(both, wanted_softmax + wanted, roundings=3 + positions)
 
 
-def test_programs_that_stand_apart(monkeypatch):
-    monkeypatch.setattr(attention_gpu, "SPREAD", True)
-    test_keys_as_projected_and_the_linear_branch(4, True, True, False, 40)
-
-
 @pytest.mark.parametrize("check", ["read", "projected"])
 def test_many_parts(monkeypatch, check):
     """More than are added up at a time and no multiple, some without a key that is seen, some without a tile."""

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu
-from rattn.decoding.products_gpu import GATE_COLUMNS
+from rattn.decoding.products_persistent_gpu import GATE_COLUMNS
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
 from tests.rattn.decoding.test_products import check_model
@@ -20,9 +20,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 # Of the products "out", "gate_up", "down", "qkv": one copy a tile and several, one tile a program, none and several.
 WIDE = {"out": (1024, 512), "gate_up": (1536, 1024), "down": (1024, 1536), "qkv": (768, 1024)}
 DEEP = {"out": (2048, 2048), "gate_up": (6656, 2048), "down": (2048, 6656), "qkv": (3072, 2048)}
-MANY = {"out": (1024, 256), "gate_up": (10240, 1024), "down": (1024, 10240), "qkv": (17408, 1024)}
+MANY = {"out": (1024, 512), "gate_up": (10240, 1024), "down": (1024, 10240), "qkv": (17408, 1024)}
 EPSILON = 1e-6
-MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 1024, "mlp_width": 1024} | TWO_MIXERS
+MINIATURE = {
+    "compute_dtype": "bfloat16",
+    "layers": 2,
+    "query_heads": 8,
+    "head_dim": 64,
+    "width": 1024,
+    "mlp_width": 1024,
+} | TWO_MIXERS
 
 
 def arrays(rows, shapes):
@@ -116,11 +123,11 @@ def assert_by_hand(found, wanted):
 
 def test_the_reference_is_the_model(miniature):
     """`by_hand` is what XLA makes of a layer's weights, so that the kernel and the model are held to one thing."""
-    given = arrays(3, {"out": (1024, 256), "gate_up": (1024, 1024), "down": (1024, 1024), "qkv": (512, 1024)})
+    given = arrays(3, {"out": (1024, 512), "gate_up": (1024, 1024), "down": (1024, 1024), "qkv": (768, 1024)})
     layer = layers.layer_specs(miniature(fold_tokens=3, **MINIATURE).model)[0]
     w = given["weights"]
     laid_out = {"out_DE": w["out"], "gate_up_JCFD": w["gate_up"], "down_DF": w["down"]}
-    laid_out["qkv_KAHD"] = w["qkv"].reshape(2, 4, 64, 1024)
+    laid_out["qkv_KAHD"] = w["qkv"].reshape(2, 6, 64, 1024)
     x = layers.finish(layer, laid_out, jnp.asarray(given["x"][:3]), jnp.asarray(given["o"]))
     found = {"x": x, "qkv": layers.project(layer, laid_out, x).reshape(3, -1)}
     for name, (value, _) in by_hand(layer.activation, given).items():
@@ -143,19 +150,27 @@ def test_the_kernel_lowers_for_a_hopper(shapes, rows):
 
 @pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
 def test_every_column_is_some_program_s(shapes):
-    """Of each product all tiles, each once, and as many for both programs of a cluster."""
-    for name, shape in shapes.items():
-        product = products_persistent_gpu.divided(name, *shape)
-        sides, pairs = products_persistent_gpu.SIDES, products_persistent_gpu.PROGRAMS // products_persistent_gpu.SIDES
-        counts = [(product.tiles // sides - pair + pairs - 1) // pairs for pair in range(pairs)]
-        taken = [
-            sides * pair + side + i * products_persistent_gpu.PROGRAMS
-            for pair, count in enumerate(counts)
-            for side in range(sides)
-            for i in range(count)
-        ]
-        assert sorted(taken) == list(range(product.tiles))
-        assert product.tiles * product.tile == product.columns == shape[0] * (2 if name == "gate_up" else 1)
+    """Of each product all columns, and as many tiles for both programs of a cluster."""
+    plan = products_persistent_gpu._Plan(1, weight_shapes(shapes), EPSILON, None)
+    taken, counts = {name: set() for name in shapes}, {}
+    for number in range(products_persistent_gpu.PROGRAMS):
+        program = products_persistent_gpu._Program.__new__(products_persistent_gpu._Program)
+        program.number, program.plan = jnp.int32(number), plan
+        program.pair, program.side = (jnp.int32(x) for x in divmod(number, products_persistent_gpu.SIDES))
+        for name, product in plan.products.items():
+            count = int(program.tiles(product))
+            assert counts.setdefault((name, number // products_persistent_gpu.SIDES), count) == count
+            for i in range(count):
+                first = int(program.first_column(product, i))
+                assert first % (2 * GATE_COLUMNS if name == "gate_up" else 8) == 0
+                taken[name] |= set(range(first, first + product.tile))
+    for name, (columns, _) in weight_shapes(shapes).items():
+        assert taken[name] == set(range(columns)), name
+
+
+def weight_shapes(shapes):
+    """Shapes of the weights: gate and up are one."""
+    return {name: (2 * columns if name == "gate_up" else columns, n) for name, (columns, n) in shapes.items()}
 
 
 @pytest.mark.parametrize(("rows", "numbers"), [(16, 512), (24, 256), (128, 64)])
@@ -175,10 +190,9 @@ def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
 @pytest.mark.parametrize("rows", [1, 16, 32, 40, 64])
 def test_the_ring_of_weights_does_not_lock(rows):
     """Whoever copies weights and whoever multiplies them wait for each other, but not both."""
-    shapes = {name: (2 * columns if name == "gate_up" else columns, n) for name, (columns, n) in DEEP.items()}
-    plan = products_persistent_gpu._Plan(rows, shapes, 0, EPSILON, None)
+    plan = products_persistent_gpu._Plan(rows, weight_shapes(DEEP), EPSILON, None)
     assert plan.row_slots > 2
-    copies, late = sum(product.length // product.depth for product in plan.products.values()), plan.late
+    copies, late = sum(p.length // p.depth for p in plan.products.values()), plan.late
     step = shown = multiplied = freed = 0
     while freed < copies:
         before = step, shown, multiplied, freed
