@@ -28,39 +28,48 @@ def main():
 
 
 def plot_gain(axes, entries):
-    """The share of a step that the narrow window saves, by batch, a colour for each context."""
-    for color, context in enumerate(sorted({entry["context"] for entry in entries})):
-        line = sorted((e for e in entries if e["context"] == context), key=lambda e: e["batch"])
-        batches = [entry["batch"] for entry in line]
+    """The share of a step that the narrow window saves, by context, a colour for each batch."""
+    for color, batch in enumerate(sorted({entry["batch"] for entry in entries})):
+        line = sorted((e for e in entries if e["batch"] == batch), key=lambda e: e["context"])
+        contexts = [entry["context"] for entry in line]
         measured, formula = ([100 * entry[name] for entry in line] for name in ("measured", "formula"))
-        axes.plot(batches, measured, "o-", color=f"C{color}", label=f"{context:,} tokens")
-        axes.plot(batches, formula, "x--", color=f"C{color}", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("batch")
+        axes.plot(contexts, measured, "o-", color=f"C{color}", label=f"batch {batch}")
+        axes.plot(contexts, formula, "x--", color=f"C{color}", linewidth=0.8)
+    by_context(axes)
     axes.set_ylabel("% of a step saved")
     axes.set_title("window 512 against 4096 (crosses: the paper's formula)", fontsize=9)
-    if entries:
-        axes.legend(fontsize=8)
 
 
 def plot_bound(axes, points):
-    """The share of the bandwidth bound, by the time that the bound allows."""
-    for name in dict.fromkeys(point["model"] for point in points):
-        own = [point for point in points if point["model"] == name]
-        axes.plot(
-            [point["milliseconds"]["median"] for point in own],
-            [100 * point["bound_share"] for point in own],
-            "o",
-            label=name,
-        )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_ylim(0, 105)
-    axes.set_xlabel("ms a step")
+    """The share of the bandwidth bound, by context, a colour for each model and a line for each batch."""
+    batches = sorted({point["batch"] for point in points})
+    for color, name in enumerate(dict.fromkeys(point["model"] for point in points)):
+        for style, batch in enumerate(batches):
+            line = [point for point in points if point["model"] == name and point["batch"] == batch]
+            line.sort(key=lambda point: point["context"])
+            if line:
+                axes.plot(
+                    [point["context"] for point in line],
+                    [100 * point["bound_share"] for point in line],
+                    marker="osD^v*"[style % 6],
+                    linestyle=("-", "--", ":", "-.")[style % 4],
+                    color=f"C{color}",
+                    label=f"{name}, batch {batch}",
+                )
+    by_context(axes)
     axes.set_ylabel("% of the bandwidth bound")
-    axes.set_title("every context and batch", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set_title("steps beside their bound", fontsize=9)
+
+
+def by_context(axes):
+    """Both pictures' axes."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context, tokens")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":
