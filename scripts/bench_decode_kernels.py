@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from rattn import accounting, platform
 from rattn.config import load_config, validate
-from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu
+from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu, products_persistent_plan
 from rattn.decoding.layers import layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
@@ -171,12 +171,12 @@ def products_case(model, text, rings=()):
     kind, rows = text.split(":")
     rows, persistent = int(rows), kind == "pallas_gpu_persistent"
     shapes = product_shapes(model)
-    gate_columns = (products_persistent_gpu if persistent else products_gpu).GATE_COLUMNS
+    gate_columns = (products_persistent_plan if persistent else products_gpu).GATE_COLUMNS
     columns, length = shapes["gate_up"]
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
-    x_rows = products_persistent_gpu.ROWS if persistent else rows
+    x_rows = products_persistent_plan.ROWS if persistent else rows
     shared = {"o": (rows, shapes["out"][1]), "x": (x_rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
     how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}

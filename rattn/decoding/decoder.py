@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
-from rattn.decoding import layers, prefill, products_gpu, products_persistent_gpu, step
+from rattn.decoding import layers, prefill, products_gpu, products_persistent_plan, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
@@ -86,7 +86,9 @@ class Decoder:
             raise UserError("products='pallas_gpu_persistent' runs on a Hopper GPU and there is none; use 'auto'.")
         how = "interpreted" if platform == "cpu" else "compiled"
         kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_persistent": "persistent"}
-        fitting = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_gpu.fits}.get(products)
+        fitting = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(
+            products
+        )
         if fitting and not fitting(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
         self.attention, self.products = attention, products
@@ -99,7 +101,7 @@ class Decoder:
 
     def weights(self, parameters: Tree) -> dict[str, Any]:
         """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
-        products = products_persistent_gpu if self._kernels.persistent else products_gpu
+        products = products_persistent_plan if self._kernels.persistent else products_gpu
         gate_columns = 0 if self._kernels.products == "none" else products.GATE_COLUMNS
         return layers.decoding_weights(self.model, parameters, self.sharding, gate_columns)
 

@@ -23,7 +23,6 @@ product, from the sums of squares that those who write a row leave beside it. Re
 the rows are, and a row's follow from that row alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -33,100 +32,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
+from rattn.decoding.products_persistent_plan import (
+    GATE_COLUMNS,
+    PAIRS,
+    PRODUCTS,
+    PROGRAMS,
+    ROW_NUMBERS,
+    ROWS,
+    SIDES,
+    WEIGHT_NUMBERS,
+    divided,
+)
 
-# In their order, and those whose sums a pair of programs shares.
-PRODUCTS, SHARED_SUMS = ("out", "gate_up", "down", "qkv"), ("out", "down")
-# Programs, in clusters of SIDES; a Hopper has 132 multiprocessors and all programs must run at once.
-PROGRAMS, SIDES = 128, 2
-PAIRS = PROGRAMS // SIDES
-# Rows of a product, whatever there are: the fewest that tensor cores multiply.
-ROWS = 64
-# Numbers of a row, and of weights, that are copied at a time.
-ROW_NUMBERS, WEIGHT_NUMBERS = 256, 8192
 # Bytes of a multiprocessor's 227 KiB for copies, and of them those of rows.
 SHARED_BYTES, ROW_BYTES = 221 * 1024, 80 * 1024
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
-# Columns of the gate, and then as many of up, that lie beside each other in the weights: what tensor cores tell apart.
-GATE_COLUMNS = 8
-# Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
-MOST_COLUMNS, LEAST_DEPTH = 128, mosaic_gpu.LINE
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
 
 LAYOUT = plgpu.Layout.WGMMA
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """How one product is divided.
-
-    Attributes:
-      columns: of its weights, gate and up both.
-      length: of the sum that a program takes.
-      tile: weight columns that a program takes at a time.
-      shared: whether a pair has its tile in common, each program with one half of the sum.
-      own: weight columns of a program, where a pair's lie side by side; those in the middle may be both's. None where
-        programs take tiles in turn.
-    """
-
-    columns: int
-    length: int
-    tile: int
-    shared: bool = False
-    own: int | None = None
-
-    @property
-    def tiles(self) -> int:
-        """How many tiles there are; where programs have columns of their own, a program's."""
-        return -(-(self.own or self.columns) // self.tile)
-
-    @property
-    def depth(self) -> int:
-        """Numbers of each column that are copied at a time."""
-        depth = LEAST_DEPTH
-        while 2 * depth * self.tile <= WEIGHT_NUMBERS and 2 * depth <= ROW_NUMBERS:
-            depth *= 2
-        return depth
-
-    def fits(self) -> bool:
-        """Whether the kernel takes it: whole copies, and as many tiles for both programs of a cluster."""
-        if not self.tile or self.length % ROW_NUMBERS or (self.shared and self.tiles != PAIRS):
-            return False
-        if self.own is None and self.tiles % SIDES:
-            return False
-        return 2 * self.tile * self.depth % (mosaic_gpu.WARPGROUP * mosaic_gpu.CHUNK) == 0
-
-
-def divided(name: str, columns: int, length: int) -> Product:
-    """Divides a product, so that all programs have about as much to read, in tiles of at least eight columns.
-
-    Args:
-      name: "gate_up" has two weight columns for each column of its result.
-      columns: of its result.
-      length: of its sum.
-    """
-    if name == "gate_up":
-        groups, rest = divmod(columns, GATE_COLUMNS * PAIRS)
-        own = -(-groups // SIDES)
-        tiles = -(-own * 2 * GATE_COLUMNS // MOST_COLUMNS)
-        tile = 0 if rest or not own else -(-own // tiles) * 2 * GATE_COLUMNS
-        return Product(2 * columns, length, tile, own=own * 2 * GATE_COLUMNS)
-    if name in SHARED_SUMS:
-        # Who writes a part of the residual stream keeps it: half of a tile, of at least eight columns.
-        tile = columns // PAIRS if columns % (8 * PROGRAMS) == 0 and columns // PAIRS <= MOST_COLUMNS else 0
-        return Product(columns, length // SIDES, tile, shared=True)
-    tiles = [tile for tile in range(8, MOST_COLUMNS + 1, 8) if columns % (tile * SIDES) == 0]
-    few = [tile for tile in tiles if columns // tile <= PROGRAMS]
-    return Product(columns, length, min(few) if few else max(tiles, default=0))
-
-
-def fits(dtype: jnp.dtype, shapes: Mapping[str, tuple[int, int]]) -> bool:
-    """Returns whether the kernel takes the products whose columns and length of sum `shapes` gives by name."""
-    return dtype == jnp.bfloat16 and all(divided(name, *shape).fits() for name, shape in shapes.items())
 
 
 def zero_counters() -> tuple[jax.Array, jax.Array]:

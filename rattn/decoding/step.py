@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rattn.decoding import attention_gpu, attention_xla, products_gpu, products_persistent_gpu
+from rattn.decoding import attention_gpu, attention_xla, products_gpu, products_persistent_gpu, products_persistent_plan
 from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, folded
 from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project
 from rattn.decoding.sampling import Sampling, sample
@@ -96,12 +96,12 @@ def step(
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
-    most_rows = products_persistent_gpu.ROWS if kernels.persistent else products_gpu.MOST_ROWS
+    most_rows = products_persistent_plan.ROWS if kernels.persistent else products_gpu.MOST_ROWS
     if most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
     per_layer = weights["layers"]
     handed = Handed(
-        x_BD=jnp.pad(x_BD, ((0, products_persistent_gpu.ROWS - B), (0, 0))) if kernels.persistent else x_BD,
+        x_BD=jnp.pad(x_BD, ((0, products_persistent_plan.ROWS - B), (0, 0))) if kernels.persistent else x_BD,
         qkv_BKAH=project(layers[0], per_layer[0], x_BD),
         arrivals_BK=None if kernels.attention == "none" else jnp.zeros((B, model.kv_heads), jnp.int32),
         counters=products_persistent_gpu.zero_counters() if kernels.persistent else None,

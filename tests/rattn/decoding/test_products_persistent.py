@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
-from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu
-from rattn.decoding.products_persistent_gpu import GATE_COLUMNS
+from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
+from rattn.decoding.products_persistent_plan import GATE_COLUMNS
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
 from tests.rattn.decoding.test_products import check_model
@@ -38,7 +38,7 @@ def arrays(rows, shapes):
     sizes = np.logspace(-1, 1, rows)[:, None]
     width, length = shapes["out"]
     given = {"o": random.standard_normal((rows, length)) * sizes}
-    x = np.full((products_persistent_gpu.ROWS, width), np.nan)
+    x = np.full((products_persistent_plan.ROWS, width), np.nan)
     x[:rows] = random.standard_normal((rows, width)) * sizes
     given["x"] = x
     weights = {}
@@ -138,7 +138,7 @@ def test_the_reference_is_the_model(miniature):
 
 @pytest.mark.parametrize(("shapes", "rows"), [(WIDE, 1), (WIDE, 12), (DEEP, 32), (MANY, 64)])
 def test_the_kernel_lowers_for_a_hopper(shapes, rows):
-    assert products_persistent_gpu.fits(jnp.bfloat16, shapes)
+    assert products_persistent_plan.fits(jnp.bfloat16, shapes)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(rows, shapes))
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -153,13 +153,13 @@ def test_every_column_is_some_program_s(shapes):
     """Of each product all columns, and as many tiles for both programs of a cluster."""
     plan = products_persistent_gpu._Plan(1, weight_shapes(shapes), EPSILON, None)
     taken, counts = {name: set() for name in shapes}, {}
-    for number in range(products_persistent_gpu.PROGRAMS):
+    for number in range(products_persistent_plan.PROGRAMS):
         program = products_persistent_gpu._Program.__new__(products_persistent_gpu._Program)
         program.number, program.plan = jnp.int32(number), plan
-        program.pair, program.side = (jnp.int32(x) for x in divmod(number, products_persistent_gpu.SIDES))
+        program.pair, program.side = (jnp.int32(x) for x in divmod(number, products_persistent_plan.SIDES))
         for name, product in plan.products.items():
             count = int(program.tiles(product))
-            assert counts.setdefault((name, number // products_persistent_gpu.SIDES), count) == count
+            assert counts.setdefault((name, number // products_persistent_plan.SIDES), count) == count
             for i in range(count):
                 first = int(program.first_column(product, i))
                 assert first % (2 * GATE_COLUMNS if name == "gate_up" else 8) == 0
@@ -208,10 +208,10 @@ def test_the_ring_of_weights_does_not_lock(rows):
 
 
 def test_what_fits():
-    assert products_persistent_gpu.fits(jnp.bfloat16, DEEP)
-    assert not products_persistent_gpu.fits(jnp.float32, DEEP)
-    assert not products_persistent_gpu.fits(jnp.bfloat16, DEEP | {"out": (512, 2048)})
-    assert not products_persistent_gpu.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
+    assert products_persistent_plan.fits(jnp.bfloat16, DEEP)
+    assert not products_persistent_plan.fits(jnp.float32, DEEP)
+    assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"out": (512, 2048)})
+    assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
 
 
 def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
@@ -225,7 +225,7 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
 
     # One for each of two layers, of which the last has none after it.
     assert kernels() == 2
-    monkeypatch.setattr(products_persistent_gpu, "ROWS", 2)
+    monkeypatch.setattr(products_persistent_plan, "ROWS", 2)
     assert not kernels()
 
 
