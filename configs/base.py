@@ -97,6 +97,8 @@ def get_config(arguments: str = "") -> ConfigDict:
     data.document_tokens = 1024
     # Key-value pairs of an associative-recall row, each asked for once.
     data.recall_pairs = 16
+    # Training rows are in equal parts of one such document, of two with half the pairs each, … of 2ⁿ.
+    data.recall_halvings = 0
     # Sampling weights of a mixture's sources; () takes the mixture's own rates.
     data.weights = ()
     data.read_threads = 2

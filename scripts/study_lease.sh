@@ -1,32 +1,26 @@
 #!/bin/sh
-# Runs as many points of a study as fit a lease of a GPU machine, on all of its GPUs or those that GPUS lists, and leaves
-# their results in one small archive, which is written anew whenever a point is done.
+# Runs as many points of the window study as fit a lease of a GPU machine, on all of its GPUs or those that GPUS lists, and
+# leaves their results in one small archive, which is written anew whenever a point is done.
 #
-#   scripts/study_lease.sh STUDY OUT SECONDS [flags of rattn.sweep]
+#   scripts/study_lease.sh OUT SECONDS [flags of rattn.sweep]
 #
-# STUDY is window or recall. OUT gets STUDY.tar.xz (all results so far), STUDY-logs.tar.xz (metrics.jsonl and train.log of
-# every point) and, where points failed, failures.txt. Needs neither TensorFlow nor seqio.
+# OUT gets window.tar.xz (all results so far), window-logs.tar.xz (metrics.jsonl and train.log of every point) and, where
+# points failed, failures.txt. Needs neither TensorFlow nor seqio.
 #
 # Before a lease, build/study/ holds python_source-8192.tar.xz (python -m scripts.pack_stream). Points whose results
-# docs/window_study/STUDY.tar.xz has are not run again. A point that would not fit SECONDS is not started, for a machine
+# docs/window_study/window.tar.xz has are not run again. A point that would not fit SECONDS is not started, for a machine
 # that is given back keeps no checkpoint; where another call follows on the same machine, --cut_points fills this one to
 # its end, and the next goes on in the middle of a point. What to do with the results: docs/window_study.md.
 #
-# PROCESSES sweeps share each GPU and its memory (a point of the window study takes 16 GiB: give 3 on 80 GB). In the window
-# study one of them trains at a time, so that step times are true, while the others compile and evaluate; models of the
-# recall study are too small to fill a GPU, and all train at once.
+# PROCESSES sweeps share each GPU and its memory (a point takes 16 GiB: give 3 on 80 GB). One of them trains at a time, so
+# that step times are true, while the others compile and evaluate.
 set -u
-if [ $# -lt 3 ]; then
-  echo "study_lease.sh: give STUDY (window or recall), OUT (a folder) and SECONDS, then flags of rattn.sweep." >&2
+if [ $# -lt 2 ]; then
+  echo "study_lease.sh: give OUT (a folder) and SECONDS, then flags of rattn.sweep." >&2
   exit 1
 fi
-study=$1 out=$2 seconds=$3
-shift 3
-case $study in
-  window) config=configs/small.py processes=${PROCESSES:-4} alone=--train_alone ;;
-  recall) config=configs/recall.py processes=${PROCESSES:-8} alone=--notrain_alone ;;
-  *) echo "study_lease.sh: there is no study '$study'; name window or recall." >&2; exit 1 ;;
-esac
+out=$1 seconds=$2 processes=${PROCESSES:-4}
+shift 2
 started=$(date +%s)
 python=${PYTHON:-python3}
 # A second seed, and the second budget's evaluation, compile nothing again.
@@ -35,12 +29,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export PYTHONUNBUFFERED=1
 XLA_PYTHON_CLIENT_MEM_FRACTION=$(awk "BEGIN { print 0.92 / $processes }")
 export XLA_PYTHON_CLIENT_MEM_FRACTION
-if [ "$study" = window ]; then
-  "$python" -m scripts.pack_stream unpack build/study/python_source-8192.tar.xz data || exit 1
-fi
-known="docs/window_study/$study.tar.xz"
+"$python" -m scripts.pack_stream unpack build/study/python_source-8192.tar.xz data || exit 1
+known=docs/window_study/window.tar.xz
 if [ -f "$known" ]; then
-  "$python" -m rattn.sweep --workdir "runs/$study" --merge "$known" --noreport || exit 1
+  "$python" -m rattn.sweep --workdir runs/window --merge "$known" --noreport || exit 1
 fi
 count=$(ls -d /dev/nvidia[0-9]* 2> /dev/null | wc -l)
 gpus=${GPUS:-$(seq 0 $((count > 0 ? count - 1 : 0)))}
@@ -48,9 +40,9 @@ mkdir -p "$out"
 sweeps=
 for _ in $(seq "$processes"); do
   for gpu in $gpus; do
-    CUDA_VISIBLE_DEVICES=$gpu "$python" -m rattn.sweep --config "$config" --sweep "configs/sweeps/$study.py" \
-      --workdir "runs/$study" --budget_seconds "$((seconds - $(date +%s) + started))" $alone --delete_checkpoints \
-      --noreport --archive "$out/$study.tar.xz" "$@" &
+    CUDA_VISIBLE_DEVICES=$gpu "$python" -m rattn.sweep --config configs/small.py --sweep configs/sweeps/window.py \
+      --workdir runs/window --budget_seconds "$((seconds - $(date +%s) + started))" --train_alone --delete_checkpoints \
+      --noreport --archive "$out/window.tar.xz" "$@" &
     sweeps="$sweeps $!"
   done
 done
@@ -60,13 +52,13 @@ for sweep in $sweeps; do
   # 75: points are left, which a lease that is over is expected to say.
   case $? in 0 | 75) ;; *) status=1 ;; esac
 done
-mkdir -p "runs/$study/points"
-find "runs/$study/points" \( -name metrics.jsonl -o -name train.log \) -printf '%P\n' |
-  tar -cJf "$out/$study-logs.tar.xz" -C "runs/$study/points" -T -
-for failure in "runs/$study/failures/"*.json; do
+mkdir -p runs/window/points
+find runs/window/points \( -name metrics.jsonl -o -name train.log \) -printf '%P\n' |
+  tar -cJf "$out/window-logs.tar.xz" -C runs/window/points -T -
+for failure in runs/window/failures/*.json; do
   [ -f "$failure" ] || continue
   cat "$failure"
-  tail -n 40 "runs/$study/points/$(basename "$failure" | sed 's/\.[0-9a-f]*\.json$//')/"*.log
+  tail -n 40 "runs/window/points/$(basename "$failure" | sed 's/\.[0-9a-f]*\.json$//')/"*.log
 done > "$out/failures.txt"
 [ -s "$out/failures.txt" ] || rm "$out/failures.txt"
 exit $status

@@ -223,7 +223,8 @@ def open_data(
       local_rows: which rows of a global batch this process reads; all of them unless given.
 
     Raises:
-      UserError: no complete preparation, another one than the config's, a damaged shard, weights that do not fit.
+      UserError: no complete preparation, another one than the config's, a damaged shard, weights or halvings that do not
+        fit.
     """
     if data_config.source == "synthetic":
         vocabulary = load_vocabulary(data_config.vocabulary)
@@ -233,10 +234,17 @@ def open_data(
         fingerprint = hashlib.sha256(f"synthetic {seed} {tokens} {vocabulary.fingerprint}".encode()).hexdigest()
     elif data_config.source == "recall":
         vocabulary = load_vocabulary(data_config.vocabulary)
-        shape = {"pairs": data_config.recall_pairs, "document_tokens": context_length}
-        training, validation = ([RecallStream(seed, split, vocabulary, **shape)] for split in SPLITS)
-        names, weights = ("recall",), (1.0,)
-        text = f"recall {seed} {data_config.recall_pairs} {vocabulary.fingerprint}"
+        pairs, halvings = data_config.recall_pairs, data_config.recall_halvings
+        if not 0 <= halvings < max(pairs.bit_length(), 1):
+            raise UserError(
+                f"config.data.recall_halvings is {halvings} and {pairs} pairs can be halved {pairs.bit_length() - 1} "
+                "times; take no more, and no fewer than 0."
+            )
+        shapes = [{"pairs": pairs >> n, "document_tokens": context_length >> n} for n in range(halvings + 1)]
+        training = [RecallStream(seed, "train", vocabulary, **shape) for shape in shapes]
+        validation = [RecallStream(seed, "validation", vocabulary, **shapes[0])]
+        names, weights = tuple(f"recall/{shape['pairs']}" for shape in shapes), (1.0,) * len(shapes)
+        text = f"recall {seed} {pairs} {halvings} {vocabulary.fingerprint}"
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
     else:
         prepared = Prepared(data_config.path)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from rattn.config import load_config
+from rattn.data.batches import open_data
 from rattn.data.recall import RecallStream
 from rattn.data.rows import read_rows
 from rattn.data.vocabulary import load_vocabulary
@@ -68,6 +70,23 @@ def test_distances_are_found_and_uniform():
     np.testing.assert_allclose(plateau, draws * share, rtol=0, atol=4 * deviation)
 
 
+def test_training_rows_hold_one_document_or_several_smaller_ones():
+    """In equal parts, each asking for as many pairs; validation has whole rows alone."""
+    config = load_config("configs/recall.py", "pairs=4,length=64,ids=302").data
+    config.recall_halvings = 2
+    data = open_data(config, context_length=T, batch_size=30, seed=3)
+    documents = []
+    for step in range(10):
+        batch = data.train[step]
+        np.testing.assert_array_equal(batch["loss_mask"].sum(axis=1), PAIRS)
+        documents.extend(batch["segment_ids"].max(axis=1))
+    counts = np.bincount(documents, minlength=5)
+    # A draw for each of 300 rows: within 4 deviations of a third.
+    np.testing.assert_allclose(counts[[1, 2, 4]], 100, rtol=0, atol=4 * (300 * 2 / 9) ** 0.5)
+    assert counts.sum() == counts[[1, 2, 4]].sum()
+    assert (data.evaluation_batches(8)[0]["segment_ids"] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -79,3 +98,11 @@ def test_distances_are_found_and_uniform():
 def test_what_cannot_be_is_said(changes, words):
     with pytest.raises(UserError, match=words):
         stream(**changes)
+
+
+@pytest.mark.parametrize("halvings", [-1, 3])
+def test_more_halvings_than_pairs_are_refused(halvings):
+    config = load_config("configs/recall.py", "pairs=4,length=64").data
+    config.recall_halvings = halvings
+    with pytest.raises(UserError, match=f"recall_halvings is {halvings} and 4 pairs can be halved 2 times"):
+        open_data(config, context_length=T, batch_size=2, seed=0)
