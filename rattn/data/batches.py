@@ -223,8 +223,8 @@ def open_data(
       local_rows: which rows of a global batch this process reads; all of them unless given.
 
     Raises:
-      UserError: no complete preparation, another one than the config's, a damaged shard, weights or halvings that do not
-        fit.
+      UserError: no complete preparation, another one than the config's, a damaged shard, weights or halvings that do
+        not fit.
     """
     if data_config.source == "synthetic":
         vocabulary = load_vocabulary(data_config.vocabulary)
