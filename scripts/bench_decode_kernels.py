@@ -5,7 +5,8 @@
     python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:4 112:3
 
 Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
-attention, kind:rows. A tiling is slots:warps:stages:programs of `rattn.decoding.attention_gpu`, a ring KiB:LATE of
+attention, kind:rows. A tiling is slots:warps:stages:programs[:registers[:least]] of
+`rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of
 `rattn.decoding.products_persistent_gpu`: shared memory for rows, and LATE. A time is that of one kernel, or of the
 four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
 gap before it; it counts from the end of the kernel before, where that one let it in early.
@@ -114,7 +115,12 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="configs/rattn_3b.py")
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
-    parser.add_argument("--tilings", nargs="*", default=[], help="slots:warps:stages:programs, beside the one in use")
+    parser.add_argument(
+        "--tilings",
+        nargs="*",
+        default=[],
+        help="slots:warps:stages:programs[:registers[:least]], beside the one in use",
+    )
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of pallas_gpu_persistent products")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")

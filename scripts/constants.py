@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -27,6 +28,8 @@ def values_set(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
 def constants_set(text: str, package: str) -> Iterator[None]:
     """Sets the constants that `text` names, "module.NAME=value,…" below `package`; JAX traces everything anew.
 
+    A dataclass of integers is written as a tiling: 32:2:3:512.
+
     Raises:
       AttributeError, ModuleNotFoundError, ValueError: there is no such constant, module or value.
     """
@@ -37,8 +40,13 @@ def constants_set(text: str, package: str) -> Iterator[None]:
         for one in text.split(","):
             place, value = one.split("=")
             module, name = place.split(".")
-            values = {name: ast.literal_eval(value)}
-            stack.enter_context(values_set(importlib.import_module(f"{package}.{module}"), values))
+            module = importlib.import_module(f"{package}.{module}")
+            present = getattr(module, name)
+            if dataclasses.is_dataclass(present):
+                value = type(present)(*map(int, value.split(":")))
+            else:
+                value = ast.literal_eval(value)
+            stack.enter_context(values_set(module, {name: value}))
         jax.clear_caches()
         stack.callback(jax.clear_caches)
         yield

@@ -26,10 +26,11 @@ from jax.experimental.pallas import triton as plgpu
 from rattn.decoding.attention_gpu_linear import linear_branch
 from rattn.decoding.attention_gpu_program import LEAST, MOST_QUERIES, Program
 from rattn.decoding.attention_gpu_softmax import softmax_branch
+from rattn.decoding.triton_gpu import limit_registers
 from rattn.model.layers import rope_angles
 
-# The fewest slots that are worth a program; parts of a head at most, which one program adds up; how many at a time.
-MIN_SLOTS, MOST_PARTS, PARTS_TILE = 128, 32, 4
+# Parts of a head at most, which one program adds up; how many at a time.
+MOST_PARTS, PARTS_TILE = 32, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,16 @@ class Tiling:
       warps: of a program, for every 128 dims of a head.
       stages: of its pipeline.
       programs: that fill a GPU.
+      registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler likes.
+      least: slots that are worth a program.
     """
 
     slots: int
     warps: int
     stages: int
     programs: int
+    registers: int = 0
+    least: int = 128
 
 
 TILING = Tiling(slots=32, warps=2, stages=3, programs=512)
@@ -138,7 +143,7 @@ def attend(
     linear = state_BKPH is not None
     # One round of programs, as many as the GPU holds at a time, or as many as it takes.
     tiling = TILING if linear else FULL_TILING
-    parts = max(1, min(tiling.programs // (B * K) - linear, S // MIN_SLOTS, MOST_PARTS))
+    parts = max(1, min(tiling.programs // (B * K) - linear, S // tiling.least, MOST_PARTS))
     unfolded_B = jnp.broadcast_to(jnp.zeros((), jnp.int32) if unfolded is None else unfolded, (B,))
     counts_B3 = jnp.stack([newest_B, known_B, unfolded_B], axis=1)
     given = {"k": k_BKSH, "v": v_BKSH, "arrivals": arrivals_BK, "counts": counts_B3, "qkv": qkv_BKAH}
@@ -173,6 +178,8 @@ def attend(
 
 def _kernel(plan, tiling, names, parts, *refs):
     refs = dict(zip(names, refs, strict=True))
+    if tiling.registers:
+        limit_registers(tiling.registers, plan.interpret)
     program = Program(plan, refs, parts, tiling.slots)
 
     def read_keys():

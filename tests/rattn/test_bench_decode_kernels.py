@@ -51,7 +51,7 @@ def test_kernels_of_a_trace(tmp_path):
 def test_cases_lower_with_their_variants(monkeypatch):
     monkeypatch.setattr(bench_decode_kernels, "COLD_BYTES", 1)
     model = validate(load_config("configs/rattn_3b.py")).model
-    args = argparse.Namespace(tilings=["64:4:2:256"])
+    args = argparse.Namespace(tilings=["64:4:2:256", "32:2:2:768:168:64"])
     cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "full:4:256")]
     products = ("pallas_gpu:32", "pallas_gpu_persistent:32")
     cases += [bench_decode_kernels.products_case(model, text, rings=["80:0", "112:8"]) for text in products]
@@ -72,10 +72,13 @@ def test_cases_lower_with_their_variants(monkeypatch):
 
 
 def test_constants_are_set_for_a_while():
-    before = attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS
-    with constants_set("attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3", "rattn.decoding"):
-        assert (attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS) == (7, 3)
-    assert before == (attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS)
+    def values():
+        return attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, attention_gpu.TILING
+
+    before, text = values(), "attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3,attention_gpu.TILING=16:1:4:256:168"
+    with constants_set(text, "rattn.decoding"):
+        assert values() == (7, 3, attention_gpu.Tiling(16, 1, 4, 256, registers=168))
+    assert before == values()
     with (
         pytest.raises(AttributeError, match="MOST_PARTZ"),
         constants_set("attention_gpu.MOST_PARTZ=7", "rattn.decoding"),

@@ -1,5 +1,6 @@
 """The Triton kernel of a step: interpreted on the CPU, lowered for a Hopper, and compiled where there is a GPU."""
 
+import dataclasses
 import functools
 
 import jax
@@ -185,7 +186,8 @@ def test_keys_as_projected_and_the_linear_branch(group, normed, rotated, normed_
 @pytest.mark.parametrize("check", ["read", "projected"])
 def test_many_parts(monkeypatch, check):
     """More than are added up at a time and no multiple, some without a key that is seen, some without a tile."""
-    monkeypatch.setattr(attention_gpu, "MIN_SLOTS", 50)
+    for name in ("TILING", "FULL_TILING"):
+        monkeypatch.setattr(attention_gpu, name, dataclasses.replace(getattr(attention_gpu, name), least=50))
     monkeypatch.setattr(attention_gpu, "PARTS_TILE", 4)  # Six parts of 300 slots, five of 270.
     if check == "read":
         test_keys_as_read((5, 5), (1, 300), 300, 1, True, False)
@@ -193,8 +195,10 @@ def test_many_parts(monkeypatch, check):
         test_keys_as_projected_and_the_linear_branch(16, True, True, False, 40)
 
 
-def test_the_kernel_lowers_for_a_hopper(monkeypatch):
+@pytest.mark.parametrize("registers", [0, 168])
+def test_the_kernel_lowers_for_a_hopper(monkeypatch, registers):
     monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    monkeypatch.setattr(attention_gpu, "TILING", dataclasses.replace(attention_gpu.TILING, registers=registers))
     shapes = {"qkv_BKAH": (B, K, 6, 128), "k_BKSH": (B, K, 528, 128), "v_BKSH": (B, K, 528, 128)}
     given = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     given |= {name: jax.ShapeDtypeStruct((B,), jnp.int32) for name in ("newest_B", "known_B")}
@@ -208,6 +212,7 @@ def test_the_kernel_lowers_for_a_hopper(monkeypatch):
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = attend.trace(**given).lower(lowering_platforms=("cuda",))
     assert "__gpu$xla.gpu.triton" in lowered.as_text()
+    assert ("ttg.maxnreg" in lowered.as_text()) == bool(registers)
     # Keys, values and counts are written where they lie.
     assert lowered.as_text().count("#stablehlo.output_operand_alias<") == 3
 
