@@ -44,8 +44,8 @@ from rattn.decoding.products_persistent_plan import (
     divided,
 )
 
-# Bytes of a multiprocessor's 227 KiB for copies, and of them those of rows.
-SHARED_BYTES, ROW_BYTES = 221 * 1024, 80 * 1024
+# Bytes of a multiprocessor's 227 KiB that are used, and of them those of rows.
+SHARED_BYTES, ROW_BYTES = 225 * 1024, 80 * 1024
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -126,7 +126,8 @@ class _Plan:
         # Products read ROWS rows, and so past a slot: the last one, too, has that much behind it.
         self.row_slots = 1 + max(ROW_BYTES // (2 * ROW_NUMBERS) - ROWS, 2 * self.rows) // self.rows
         self.kept_rows = (self.row_slots - 1) * self.rows + ROWS
-        self.weight_slots = (SHARED_BYTES - 2 * self.kept_rows * ROW_NUMBERS) // (2 * WEIGHT_NUMBERS)
+        half, rows = 4 * ROWS * self.kept, 2 * self.kept_rows * ROW_NUMBERS
+        self.weight_slots = (SHARED_BYTES - half - rows) // (2 * WEIGHT_NUMBERS)
         # A slot is free when the one after it is multiplied, and so one is left.
         self.late = min(LATE, self.weight_slots - 1)
         assert min(self.row_slots, self.weight_slots) > 1, "A ring of one slot would wait for itself."

@@ -78,8 +78,8 @@ def divided(name: str, columns: int, length: int) -> Product:
         tile = 0 if rest or not own else -(-own // tiles) * 2 * GATE_COLUMNS
         return Product(2 * columns, length, tile, own=own * 2 * GATE_COLUMNS)
     if name in SHARED_SUMS:
-        # Who writes a part of the residual stream keeps it: half of a tile, of at least eight columns.
-        tile = columns // PAIRS if columns % (8 * PROGRAMS) == 0 and columns // PAIRS <= MOST_COLUMNS else 0
+        # Who writes a part of the residual stream keeps it, half of a tile, in lines that shared memory swizzles.
+        tile = columns // PAIRS if columns in (8 * PROGRAMS, 16 * PROGRAMS, 32 * PROGRAMS) else 0
         return Product(columns, length // SIDES, tile, shared=True)
     tiles = [tile for tile in range(8, MOST_COLUMNS + 1, 8) if columns % (tile * SIDES) == 0]
     few = [tile for tile in tiles if columns // tile <= PROGRAMS]

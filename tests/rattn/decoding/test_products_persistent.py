@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 WIDE = {"out": (1024, 512), "gate_up": (1536, 1024), "down": (1024, 1536), "qkv": (768, 1024)}
 DEEP = {"out": (2048, 2048), "gate_up": (6656, 2048), "down": (2048, 6656), "qkv": (3072, 2048)}
 MANY = {"out": (1024, 512), "gate_up": (10240, 1024), "down": (1024, 10240), "qkv": (17408, 1024)}
+HUGE = {"out": (4096, 4096), "gate_up": (14336, 4096), "down": (4096, 14336), "qkv": (6144, 4096)}
 EPSILON = 1e-6
 MINIATURE = {
     "compute_dtype": "bfloat16",
@@ -136,7 +137,7 @@ def test_the_reference_is_the_model(miniature):
         assert 0 < error < np.sqrt(9 / 3) * 2.0**-8, name
 
 
-@pytest.mark.parametrize(("shapes", "rows"), [(WIDE, 1), (WIDE, 12), (DEEP, 32), (MANY, 64)])
+@pytest.mark.parametrize(("shapes", "rows"), [(WIDE, 1), (WIDE, 12), (DEEP, 32), (MANY, 64), (HUGE, 64)])
 def test_the_kernel_lowers_for_a_hopper(shapes, rows):
     assert products_persistent_plan.fits(jnp.bfloat16, shapes)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(rows, shapes))
@@ -148,7 +149,7 @@ def test_the_kernel_lowers_for_a_hopper(shapes, rows):
     assert text.count("#stablehlo.output_operand_alias<") == 4
 
 
-@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY])
+@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY, HUGE])
 def test_every_column_is_some_program_s(shapes):
     """Of each product all columns, and as many tiles for both programs of a cluster."""
     plan = products_persistent_gpu._Plan(1, weight_shapes(shapes), EPSILON, None)
@@ -210,7 +211,8 @@ def test_the_ring_of_weights_does_not_lock(rows):
 def test_what_fits():
     assert products_persistent_plan.fits(jnp.bfloat16, DEEP)
     assert not products_persistent_plan.fits(jnp.float32, DEEP)
-    assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"out": (512, 2048)})
+    for width in (512, 3072):
+        assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"out": (width, 2048)})
     assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
 
 
