@@ -1,6 +1,7 @@
 """The figures of docs/window_study.md that the sweep's report does not print.
 
     python -m scripts.window_numbers runs/window
+    python -m scripts.window_numbers runs/recall --distances
 
 Needs each run's metrics.jsonl under runs/window/points. A line for every run, beside full attention of the same seed:
 
@@ -9,6 +10,9 @@ Needs each run's metrics.jsonl under runs/window/points. A line for every run, b
   full attention's in the same bins in brackets;
 - trained: the training loss of the last fifth of the steps less full attention's on the same batches;
 - step: the first at which the training loss has been 0.7 nats below linear's on the same batches, over 50 steps.
+
+With --distances accuracy on recall tokens alone, by the first distance of each bin, in rows of the shortest and of the
+longest length that was evaluated.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import pathlib
 from collections.abc import Mapping
 from statistics import correlation, fmean
 
+from rattn.planning.report import table
 from rattn.sweeping.results import Results, training_losses
 from rattn.sweeping.summary import Group, Run, grouped, loss, recall_loss
 
@@ -27,8 +32,13 @@ def main() -> None:
     """Prints a table for each group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    results = Results(parser.parse_args().workdir)
+    parser.add_argument("--distances", action="store_true", help="accuracy by distance, instead")
+    args = parser.parse_args()
+    results = Results(args.workdir)
     for group in grouped(results.all()):
+        if args.distances:
+            print(by_distance(group))
+            continue
         curves = {run.identity: training_losses(results.point_folder(run.result["name"])) for run in group.runs}
         print(f"{group.name}\n{'':26}recall    rest  inside         beyond         trained  step")
         for run in group.runs:
@@ -36,6 +46,24 @@ def main() -> None:
         learned = [run for run in group.runs if run.mixer != "linear"]
         both = correlation([loss(run) for run in learned], [recall_loss(run) for run in learned])
         print(f"loss and recall loss of all but linear: correlation {both:.3f}\n")
+
+
+def by_distance(group: Group) -> str:
+    """Lays accuracy by distance out, a table for each length of the rows."""
+    tables = []
+    for length in sorted({group.lengths[0], group.lengths[-1]}):
+        bins = [
+            {bin["first"]: f"{bin['accuracy']:.2f}" for bin in run.at(length)["recall_by_distance"] if bin["targets"]}
+            for run in group.runs
+        ]
+        firsts = sorted(set().union(*bins))
+        rows = [
+            [run.result["name"], *(of_run.get(first, "") for first in firsts)]
+            for run, of_run in zip(group.runs, bins, strict=True)
+        ]
+        title = f"{group.name}, rows of {length} training contexts"
+        tables.append(f"{title}\n{table(['distance from', *map(str, firsts)], rows)}\n")
+    return "\n".join(tables)
 
 
 def _line(group: Group, run: Run, curves: Mapping[str, Mapping[int, float]]) -> str:

@@ -8,6 +8,7 @@ from rattn.config import to_json
 from rattn.sweeping.report import csv_text, write_report
 from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, repeated
 from rattn.sweeping.verdict import verdict
+from scripts.window_numbers import by_distance
 from tests.rattn.sweeping.fake_point import made_up
 
 
@@ -179,3 +180,21 @@ def test_the_report_is_whole_and_needs_nothing_else(sweep_of, tmp_path):
     assert csv_text(results).startswith("name,group,identity,mixer")
     first = next(row for row in rows if row["name"] == results[0]["name"] and row["length"] == "1")
     assert float(first["loss"]) == results[0]["evaluation"]["measured"][0]["nats_per_token"]
+
+
+def test_accuracy_by_distance_is_laid_out(sweep_of):
+    """A line for each run, a column for each bin of the rows' length; a bin without targets says nothing."""
+
+    def change(point, evaluation):
+        for entry in evaluation["measured"]:
+            for bin in entry["recall_by_distance"]:
+                bin["accuracy"] = entry["length"] / 10 + bin["first"] / 1000
+            entry["recall_by_distance"][0].update(targets=0, accuracy=None)
+
+    (group,) = grouped(results_of(sweep_of(CURVE), change))
+    lines = by_distance(group).splitlines()
+    bins = group.runs[0].at(group.lengths[0])["recall_by_distance"]
+    assert lines[1].split() == ["distance", "from", *(str(bin["first"]) for bin in bins[1:])]
+    for run, line in zip(group.runs, lines[2:], strict=False):
+        wanted = (f"{group.lengths[0] / 10 + bin['first'] / 1000:.2f}" for bin in bins[1:])
+        assert line.split() == [run.result["name"], *wanted]
