@@ -5,7 +5,7 @@
 No layer sees the whole row unless the mixer does, so a stack of L window layers reaches back about L·W tokens, a linear
 branch as far as its state of P × H features tells keys apart, and full attention everywhere. Evaluate with
 --recall_context_tokens=1 --frequent_rate=1: the key alone says which value is asked for. Hardware: two cores, two
-minutes.
+to three minutes.
 """
 
 from ml_collections import ConfigDict

@@ -6,10 +6,10 @@
 
 Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
 attention, kind:rows. A tiling is slots:warps:stages:programs[:registers[:least]] of
-`rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of
-`rattn.decoding.products_persistent_gpu`: shared memory for rows, and LATE. A time is that of one kernel, or of the
-four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
-gap before it; it counts from the end of the kernel before, where that one let it in early.
+`rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of `rattn.decoding.products_persistent_gpu`: shared memory for
+rows, and LATE. A time is that of one kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds,
+the median of some twenty with the extremes, without the gap before it; it counts from the end of the kernel before,
+where that one let it in early.
 """
 
 import argparse

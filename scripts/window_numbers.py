@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def by_distance(group: Group) -> str:
-    """Lays accuracy by distance out, a table for each length of the rows."""
+    """Lays accuracy by distance out, a table for the shortest rows and one for the longest."""
     tables = []
     for length in sorted({group.lengths[0], group.lengths[-1]}):
         bins = [
@@ -69,8 +69,9 @@ def by_distance(group: Group) -> str:
 def _line(group: Group, run: Run, curves: Mapping[str, Mapping[int, float]]) -> str:
     own, recall = run.own, run.own["recall"]
     rest = own["targets"] - recall["targets"]
-    rest_loss = (own["nats_per_token"] * own["targets"] - recall["nats_per_token"] * recall["targets"]) / rest
-    parts = [f"{run.result['name']:26}{recall['nats_per_token']:.3f}  {rest_loss:.4f}"]
+    rest_nats = own["nats_per_token"] * own["targets"] - recall["nats_per_token"] * recall["targets"]
+    rest_loss = f"{rest_nats / rest:.4f}" if rest else " " * 6  # Associative recall has no other targets.
+    parts = [f"{run.result['name']:26}{recall['nats_per_token']:.3f}  {rest_loss}"]
     full, linear = (_same_seed(group, mixer, run) for mixer in ("full", "linear"))
     edges = (run.window, run.window + 1) if full and run.window else ()
     parts += [f"{_accuracy(run, edge):.2f} ({_accuracy(full, edge):.2f})  " for edge in edges] or [" " * 13] * 2

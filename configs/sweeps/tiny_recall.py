@@ -1,4 +1,4 @@
-"""Associative recall so small that a CPU shows the ordering, in about five minutes on two cores.
+"""Associative recall so small that a CPU shows the ordering.
 
 python -m rattn.sweep --config configs/recall.py --sweep configs/sweeps/tiny_recall.py --workdir runs/tiny_recall
 """

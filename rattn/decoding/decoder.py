@@ -86,10 +86,8 @@ class Decoder:
             raise UserError("products='pallas_gpu_persistent' runs on a Hopper GPU and there is none; use 'auto'.")
         how = "interpreted" if platform == "cpu" else "compiled"
         kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_persistent": "persistent"}
-        fitting = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(
-            products
-        )
-        if fitting and not fitting(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
+        fits = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(products)
+        if fits and not fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
         self.attention, self.products = attention, products
         self._kernels = step.Kernels(kernels[attention], kernels[products])

@@ -6,9 +6,9 @@ import re
 
 from rattn.config import to_json
 from rattn.sweeping.report import csv_text, write_report
-from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, repeated
+from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, recall_loss, repeated
 from rattn.sweeping.verdict import verdict
-from scripts.window_numbers import by_distance
+from scripts import window_numbers
 from tests.rattn.sweeping.fake_point import made_up
 
 
@@ -192,9 +192,20 @@ def test_accuracy_by_distance_is_laid_out(sweep_of):
             entry["recall_by_distance"][0].update(targets=0, accuracy=None)
 
     (group,) = grouped(results_of(sweep_of(CURVE), change))
-    lines = by_distance(group).splitlines()
+    lines = window_numbers.by_distance(group).splitlines()
     bins = group.runs[0].at(group.lengths[0])["recall_by_distance"]
     assert lines[1].split() == ["distance", "from", *(str(bin["first"]) for bin in bins[1:])]
     for run, line in zip(group.runs, lines[2:], strict=False):
         wanted = (f"{group.lengths[0] / 10 + bin['first'] / 1000:.2f}" for bin in bins[1:])
         assert line.split() == [run.result["name"], *wanted]
+
+
+def test_a_run_whose_targets_are_all_recall_has_a_line(sweep_of):
+    def change(point, evaluation):
+        for entry in evaluation["measured"]:
+            entry["recall"]["targets"] = entry["targets"]
+
+    (group,) = grouped(results_of(sweep_of(CURVE), change))
+    curves = {run.identity: {} for run in group.runs}
+    run = group.runs[0]
+    assert window_numbers._line(group, run, curves).split() == [run.result["name"], f"{recall_loss(run):.3f}"]
