@@ -2,6 +2,7 @@
 
     python -m scripts.window_numbers runs/window
     python -m scripts.window_numbers runs/recall --distances
+    python -m scripts.window_numbers runs/window --contexts
 
 Needs each run's metrics.jsonl under runs/window/points. A line for every run, beside full attention of the same seed:
 
@@ -11,8 +12,12 @@ Needs each run's metrics.jsonl under runs/window/points. A line for every run, b
 - trained: the training loss of the last fifth of the steps less full attention's on the same batches;
 - step: the first at which the training loss has been 0.7 nats below linear's on the same batches, over 50 steps.
 
+Under it a line for every points/NAME-unevaluated, the log of a training of point NAME that no result came of: the loss
+that its training measured at the end, less that of NAME's result, and less full attention's of the same seed; then the
+sample standard deviation of a point's loss when it is trained twice with one seed, pooled over the pairs.
+
 With --distances accuracy on recall tokens alone, by the first distance of each bin, in rows of the shortest and of the
-longest length that was evaluated.
+longest length that was evaluated. With --contexts likewise the loss by tokens of the document before the target.
 """
 
 import argparse
@@ -21,9 +26,10 @@ from collections.abc import Mapping
 from statistics import correlation, fmean
 
 from rattn.planning.report import table
-from rattn.sweeping.results import Results, training_losses
+from rattn.sweeping.results import Results, last_metrics, training_losses
 from rattn.sweeping.summary import Group, Run, grouped, loss, recall_loss
 
+UNEVALUATED = "-unevaluated"
 BELOW_LINEAR = 0.7
 LINES = 5  # Of metrics.jsonl, ten steps each.
 
@@ -33,11 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--distances", action="store_true", help="accuracy by distance, instead")
+    parser.add_argument("--contexts", action="store_true", help="loss by tokens of context, instead")
     args = parser.parse_args()
     results = Results(args.workdir)
     for group in grouped(results.all()):
         if args.distances:
             print(by_distance(group))
+        if args.contexts:
+            print(by_context(group))
+        if args.distances or args.contexts:
             continue
         curves = {run.identity: training_losses(results.point_folder(run.result["name"])) for run in group.runs}
         print(f"{group.name}\n{'':26}recall    rest  inside         beyond         trained  step")
@@ -46,14 +56,44 @@ def main() -> None:
         learned = [run for run in group.runs if run.mixer != "linear"]
         both = correlation([loss(run) for run in learned], [recall_loss(run) for run in learned])
         print(f"loss and recall loss of all but linear: correlation {both:.3f}\n")
+    if not (args.distances or args.contexts):
+        print(unevaluated(results))
 
 
 def by_distance(group: Group) -> str:
     """Lays accuracy by distance out, a table for the shortest rows and one for the longest."""
+    return _by_bin(group, "recall_by_distance", "accuracy", "distance from")
+
+
+def by_context(group: Group) -> str:
+    """Lays the loss by tokens of context out, a table for the shortest rows and one for the longest."""
+    return _by_bin(group, "by_context_tokens", "nats_per_token", "tokens from")
+
+
+def unevaluated(results: Results) -> str:
+    """Says what the logs know of trainings that no result came of, and how far a point is from itself."""
+    losses = {result["name"]: loss(Run(result)) for result in results.all()}
+    lines, pairs = [], []
+    for folder in sorted(results.point_folder("").glob(f"*{UNEVALUATED}")):
+        name, own = folder.name.removesuffix(UNEVALUATED), last_metrics(folder)["eval/loss"]
+        budget, *_, seed = name.split("-")
+        full = losses.get(f"{budget}-full-{seed}")
+        gaps = [f"{own - other:+.4f}" if other else "" for other in (losses.get(name), full)]
+        lines.append(f"{name:28}{own:.4f}  {gaps[0]:12}{gaps[1]}".rstrip())
+        pairs += [own - losses[name]] if name in losses else []
+    if lines:
+        lines.insert(0, f"{'not evaluated':28}{'loss':8}− result's  − full's")
+    if pairs:
+        spread = (fmean(gap**2 for gap in pairs) / 2) ** 0.5  # Each pair is a sample of two.
+        lines.append(f"one point, one seed, trained twice: {len(pairs)} pairs, spread {spread:.4f}")
+    return "\n".join(lines)
+
+
+def _by_bin(group: Group, bins_of: str, value: str, title: str) -> str:
     tables = []
     for length in sorted({group.lengths[0], group.lengths[-1]}):
         bins = [
-            {bin["first"]: f"{bin['accuracy']:.2f}" for bin in run.at(length)["recall_by_distance"] if bin["targets"]}
+            {bin["first"]: f"{bin[value]:.2f}" for bin in run.at(length)[bins_of] if bin["targets"]}
             for run in group.runs
         ]
         firsts = sorted(set().union(*bins))
@@ -61,8 +101,8 @@ def by_distance(group: Group) -> str:
             [run.result["name"], *(of_run.get(first, "") for first in firsts)]
             for run, of_run in zip(group.runs, bins, strict=True)
         ]
-        title = f"{group.name}, rows of {length} training contexts"
-        tables.append(f"{title}\n{table(['distance from', *map(str, firsts)], rows)}\n")
+        rows_of = f"{group.name}, rows of {length} training contexts"
+        tables.append(f"{rows_of}\n{table([title, *map(str, firsts)], rows)}\n")
     return "\n".join(tables)
 
 

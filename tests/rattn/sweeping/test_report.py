@@ -6,6 +6,7 @@ import re
 
 from rattn.config import to_json
 from rattn.sweeping.report import csv_text, write_report
+from rattn.sweeping.results import Results
 from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, recall_loss, repeated
 from rattn.sweeping.verdict import verdict
 from scripts import window_numbers
@@ -209,3 +210,30 @@ def test_a_run_whose_targets_are_all_recall_has_a_line(sweep_of):
     curves = {run.identity: {} for run in group.runs}
     run = group.runs[0]
     assert window_numbers._line(group, run, curves).split() == [run.result["name"], f"{recall_loss(run):.3f}"]
+
+
+def test_trainings_without_a_result_stand_beside_what_was_measured(sweep_of, tmp_path):
+    """The same point's result, full attention of the same seed, and how far a point is from itself."""
+    names = {("full", 32): "50M-full", ("rattention", 2): "50M-rattention-2", ("rattention", 4): "50M-rattention-4"}
+    made = results_of(sweep_of(CURVE), losses(TABLE))
+    for result in made:
+        config = result["evaluation"]["config"]
+        name = names.get((config["model"]["pattern"][0], config["model"]["window"]))
+        if name:
+            result["name"] = f"{name}-seed{config['seed']}"
+    results = Results(tmp_path)
+    (tmp_path / "results").mkdir()
+    kept = [result for result in made if result["name"].startswith("50M") and "-4-seed1" not in result["name"]]
+    for result in kept:
+        (tmp_path / "results" / f"{result['name']}.{result['identity']}.json").write_text(json.dumps(result))
+    assert window_numbers.unevaluated(results) == ""
+    logged = {"50M-rattention-2-seed0": 2.033, "50M-full-seed1": 2.006, "50M-rattention-4-seed1": 2.02}
+    for name, value in logged.items():
+        folder = tmp_path / "points" / f"{name}-unevaluated"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 763, "eval/loss": value}) + "\n")
+    lines = [line.split() for line in window_numbers.unevaluated(results).splitlines()[1:]]
+    assert lines[0] == ["50M-full-seed1", "2.0060", "-0.0040", "-0.0040"]
+    assert lines[1] == ["50M-rattention-2-seed0", "2.0330", "+0.0030", "+0.0330"]
+    assert lines[2] == ["50M-rattention-4-seed1", "2.0200", "+0.0100"]
+    assert lines[3][-5:] == ["twice:", "2", "pairs,", "spread", "0.0025"]  # √((0.004² + 0.003²) / 4)
