@@ -4,9 +4,10 @@
 
 The 3B recipe under FSDP, the same tokens for each GPU: `rattention` 512, `swa` 4096 and `full` at context 8192 on 1, 2,
 4 … GPUs, as many as there are, and `rattention` 512 at context 32768 with seq = 2 on all of them. Every point is a
-process of `scripts.bench_step`; points that need fewer GPUs run side by side, those that need most first, and share one
-folder of compiled programs. Efficiency is tokens/s a GPU over that of one GPU. Bytes are what a GPU receives in a step,
-by the compiled program and, in brackets, by `rattn.plan`'s count.
+process of `scripts.bench_step`. All compile at once, which takes as long as the slowest; then they train one after
+another, those on most GPUs first and those on fewer side by side, each on GPUs of its own. Efficiency is tokens/s a GPU
+over that of one GPU. Bytes are what a GPU receives in a step, by the compiled program and, in brackets, by
+`rattn.plan`'s count.
 """
 
 import argparse
@@ -32,21 +33,28 @@ class Point:
     gpus: int
     seq: int = 1
 
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.point.replace(':', '_')}_{self.gpus}"
+
     def command(self, args: argparse.Namespace) -> list[str]:
-        """What measures it."""
+        """What measures it, once it is its turn."""
         return [
             *(sys.executable, "-m", "scripts.bench_step", "--alone", "--config", args.config, "--points", self.point),
             *("--mesh", "data=1", f"fsdp={self.gpus // self.seq}", f"seq={self.seq}"),
             *("--tokens", str(args.tokens_per_gpu * self.gpus), "--steps", str(args.steps)),
+            *("--turn", str(args.out / self.name)),
             *("--set", *args.set),
         ]
 
 
-def points(gpus: int) -> list[Point]:
-    """Every row, those on most GPUs first."""
-    counts = [2**i for i in range(gpus.bit_length()) if 2**i <= gpus]
-    rows = [Point(f"{mixer}:{CONTEXT}", count) for count in reversed(counts) for mixer in MIXERS]
-    return [Point(f"rattention:512:{LONG_CONTEXT}", counts[-1], seq=2), *rows] if gpus > 1 else rows
+def points(gpus: int, counts: list[int] | None = None) -> list[Point]:
+    """Every row, those on most GPUs first, or in the order of `counts`."""
+    counts = counts or [2**i for i in reversed(range(gpus.bit_length())) if 2**i <= gpus]
+    rows = [Point(f"{mixer}:{CONTEXT}", count) for count in counts for mixer in MIXERS]
+    most = max(counts)
+    return [Point(f"rattention:512:{LONG_CONTEXT}", most, seq=2), *rows] if most > 1 else rows
 
 
 def main() -> int:
@@ -54,6 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/rattn_3b.py")
     parser.add_argument("--gpus", type=int, default=len(list(pathlib.Path("/dev").glob("nvidia[0-9]*"))))
+    parser.add_argument("--counts", type=int, nargs="*", help="of GPUs, in this order; all powers of two otherwise")
     parser.add_argument("--tokens_per_gpu", type=int, default=65_536)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--set", nargs="*", default=[], help="config overrides, key=value, beside those of the table")
@@ -61,38 +70,82 @@ def main() -> int:
     args = parser.parse_args()
     args.set = ["model.remat=save_products", "model.scan_blocks=false", "loss.chunk_tokens=0", *args.set]
     args.out.mkdir(parents=True, exist_ok=True)
-    results = run(points(args.gpus), args)
+    results = run(points(args.gpus, args.counts), args)
     print(table(results))
     return 0 if all("error" not in result for result in results.values()) else 1
 
 
-def run(waiting: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
+@dataclasses.dataclass
+class Started:
+    """A point's process, which compiles, says so and waits for its turn.
+
+    Attributes:
+      gpus: that are its own while it trains.
+    """
+
+    point: Point
+    gpus: list[int]
+    process: subprocess.Popen
+    output: pathlib.Path
+
+    def has_compiled(self) -> bool:
+        """Whether it waits for its turn, or has ended."""
+        return self.process.poll() is not None or self.output.with_suffix(".compiled").exists()
+
+    def begin(self) -> None:
+        """Gives it its turn."""
+        self.output.with_suffix(".go").touch()
+
+    def result(self) -> dict:
+        """What a process that has ended measured, or why it did not."""
+        lines = self.output.read_text().strip().splitlines() or ["no output"]
+        return json.loads(lines[-1]) if self.process.returncode == 0 else {"error": reason(lines)}
+
+
+def run(rows: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
     """Measures every point on GPUs of its own; writes each result to results.jsonl as it comes."""
-    free, running, results = list(range(args.gpus)), {}, {}
-    waiting = list(waiting)
+    began = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - began:4.0f} s  {what}", flush=True)
+
+    waiting = [start(number, point, args) for number, point in enumerate(rows)]
+    say(f"{len(waiting)} points compile")
+    while not all(started.has_compiled() for started in waiting):
+        time.sleep(0.2)
+    say("all have compiled")
+    running, results = [], {}
     while waiting or running:
-        for point in [point for point in waiting if point.gpus <= len(free)]:
-            if point.gpus > len(free):
-                continue
-            waiting.remove(point)
-            taken, free = free[: point.gpus], free[point.gpus :]
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}
-            environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
-            output = args.out / f"{point.point.replace(':', '_')}_{point.gpus}.txt"
-            with output.open("w") as file:
-                process = subprocess.Popen(point.command(args), env=environment, stdout=file, stderr=subprocess.STDOUT)
-            running[process] = (point, taken, output)
-            print(f"{point.point} on {point.gpus}: started", flush=True)
-        for process in [process for process in running if process.poll() is not None]:
-            point, taken, output = running.pop(process)
-            free += taken
-            lines = output.read_text().strip().splitlines() or ["no output"]
-            results[point] = json.loads(lines[-1]) if process.returncode == 0 else {"error": reason(lines)}
+        for started in list(waiting):
+            if not {gpu for other in running for gpu in other.gpus} & set(started.gpus):
+                waiting.remove(started)
+                running.append(started)
+                started.begin()
+        for started in [started for started in running if started.process.poll() is not None]:
+            running.remove(started)
+            point = started.point
+            results[point] = started.result()
             with open(args.out / "results.jsonl", "a") as file:
                 file.write(json.dumps({"gpus": point.gpus, "seq": point.seq, **results[point]}) + "\n")
-            print(f"{point.point} on {point.gpus}: {results[point].get('error', 'measured')}", flush=True)
+            say(f"{point.point} on {point.gpus}: {results[point].get('error', 'measured')}")
         time.sleep(0.2)
     return results
+
+
+def start(number: int, point: Point, args: argparse.Namespace) -> Started:
+    """Starts a point's process on GPUs that differ from point to point, and are in another order where it takes all."""
+    first = number if point.gpus == args.gpus else number * point.gpus
+    gpus = [(first + i) % args.gpus for i in range(point.gpus)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
+    # Those that wait leave the memory to those that train.
+    environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    output = args.out / f"{point.name}.txt"
+    for suffix in (".compiled", ".go"):
+        output.with_suffix(suffix).unlink(missing_ok=True)
+    with output.open("w") as file:
+        process = subprocess.Popen(point.command(args), env=environment, stdout=file, stderr=subprocess.STDOUT)
+    return Started(point, gpus, process, output)
 
 
 def reason(lines: list[str]) -> str:

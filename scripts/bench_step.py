@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="add a table of the last step's kernels by kind")
     parser.add_argument("--out", type=pathlib.Path, help="folder for results.jsonl and profiles")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
         print(json.dumps(measure(args, args.points[0])))
@@ -148,7 +149,7 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     platform.configure()
     started = time.monotonic()
     built = lower_step(args, point)
-    step = built.lowered.compile()
+    step, make_state = built.lowered.compile(), first_state(built).lower().compile()
     compile_seconds = time.monotonic() - started
     config, sharding, spec = built.config, built.sharding, built.spec
     split = multihost.BatchSplit(sharding.batch)
@@ -159,7 +160,9 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         seed=config.seed,
         local_rows=split.rows,
     )
-    state = first_state(built)()
+    if args.turn:
+        await_turn(args.turn)
+    state = make_state()
     batches = prefetched(data.train, 0, read_threads=2, prefetch_batches=4)
     folder = (args.out or pathlib.Path("/tmp")) / f"profile_{point.replace(':', '_')}"
     times, flops, pending = [], [], None
@@ -199,6 +202,13 @@ def measure(args: argparse.Namespace, point: str) -> dict:
         "accumulation_steps": config.accumulation_steps,
         "remat": config.model.remat,
     }
+
+
+def await_turn(turn: pathlib.Path) -> None:
+    """Says that all is compiled, by a file `turn`.compiled, and waits for the GPUs: for a file `turn`.go."""
+    turn.with_name(f"{turn.name}.compiled").touch()
+    while not turn.with_name(f"{turn.name}.go").exists():
+        time.sleep(0.1)
 
 
 def first_state(built: Step) -> jax.stages.Wrapped:

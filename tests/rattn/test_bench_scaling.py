@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from scripts import bench_scaling
 from scripts.bench_scaling import Point, points, run, table
 
 
@@ -41,28 +40,41 @@ def test_points_run_once_each_and_a_failure_ends_nothing(args, monkeypatch, caps
     assert len((args.out / "results.jsonl").read_text().splitlines()) == 10
 
 
-def test_no_gpu_is_given_twice(args, monkeypatch):
-    code = "import os, time; time.sleep(0.3); print('{\"seen\": \"' + os.environ['CUDA_VISIBLE_DEVICES'] + '\"}')"
-    monkeypatch.setattr(Point, "command", lambda self, _: [sys.executable, "-c", code])
-    busy, taken = set(), []
-    popen = bench_scaling.subprocess.Popen
+WAITS = """
+import json, os, pathlib, sys, time
+turn, out = map(pathlib.Path, sys.argv[1:])
+with open(out / "log", "a") as log:
+    print("compiles", turn.name, file=log)
+turn.with_name(turn.name + ".compiled").touch()
+while not turn.with_name(turn.name + ".go").exists():
+    time.sleep(0.02)
+gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+for gpu in gpus:
+    os.mkdir(out / f"gpu{gpu}")  # Fails where another has it.
+time.sleep(0.3)
+for gpu in gpus:
+    os.rmdir(out / f"gpu{gpu}")
+with open(out / "log", "a") as log:
+    print("ends", turn.name, file=log)
+print(json.dumps({"seen": gpus}))
+"""
 
-    def watched(command, env, **rest):
-        process = popen(command, env=env, **rest)
-        gpus = {int(gpu) for gpu in env["CUDA_VISIBLE_DEVICES"].split(",")}
-        for other, others in taken:
-            assert other.poll() is not None or not gpus & others
-        taken.append((process, gpus))
-        busy.update(gpus)
-        return process
 
-    monkeypatch.setattr(bench_scaling.subprocess, "Popen", watched)
-    results = run([Point("a", 4), Point("b", 2), Point("c", 1), Point("d", 1), Point("e", 1)], args)
-    assert {point.point: result["seen"].count(",") + 1 for point, result in results.items()} == {
-        "a": 4,
-        "b": 2,
-        "c": 1,
-        "d": 1,
-        "e": 1,
+def test_all_compile_at_once_and_no_gpu_is_given_twice(args, monkeypatch):
+    def command(self, args):
+        return [sys.executable, "-c", WAITS, str(args.out / self.name), str(args.out)]
+
+    monkeypatch.setattr(Point, "command", command)
+    rows = [Point("a", 4), Point("b", 2), Point("c", 1), Point("d", 1), Point("e", 1), Point("f", 4)]
+    results = run(rows, args)
+    assert {point.point: len(set(result["seen"])) for point, result in results.items()} == {
+        point.point: point.gpus for point in rows
     }
-    assert busy == {0, 1, 2, 3}
+    log = (args.out / "log").read_text().split()[::2]
+    assert log == ["compiles"] * 6 + ["ends"] * 6
+
+
+def test_the_rows_of_a_machine():
+    assert [point.gpus for point in points(4)] == [4] * 4 + [2] * 3 + [1] * 3
+    assert [point.gpus for point in points(4, [4, 1])] == [4] * 4 + [1] * 3
+    assert [point.gpus for point in points(1)] == [1] * 3
