@@ -4,10 +4,10 @@
 
 The 3B recipe under FSDP, the same tokens for each GPU: `rattention` 512, `swa` 4096 and `full` at context 8192 on 1, 2,
 4 … GPUs, as many as there are, and `rattention` 512 at context 32768 with seq = 2 on all of them. Every point is a
-process of `scripts.bench_step`. All compile at once, which takes as long as the slowest; then they train one after
-another, those on most GPUs first and those on fewer side by side, each on GPUs of its own. Efficiency is tokens/s a GPU
-over that of one GPU. Bytes are what a GPU receives in a step, by the compiled program and, in brackets, by
-`rattn.plan`'s count.
+process of `scripts.bench_step`. All compile at once, which takes as long as the slowest, and end, for what was tuned
+holds memory; then all start from what was compiled and train one after another, those on most GPUs first and those on
+fewer side by side, each on GPUs of its own. Efficiency is tokens/s a GPU over that of one GPU. Bytes are what a GPU
+receives in a step, by the compiled program and, in brackets, by `rattn.plan`'s count.
 """
 
 import argparse
@@ -39,13 +39,13 @@ class Point:
         return f"{self.point.replace(':', '_')}_{self.gpus}"
 
     def command(self, args: argparse.Namespace) -> list[str]:
-        """What measures it, once it is its turn."""
+        """What measures it."""
         return [
             *(sys.executable, "-m", "scripts.bench_step", "--alone", "--config", args.config, "--points", self.point),
             *("--mesh", "data=1", f"fsdp={self.gpus // self.seq}", f"seq={self.seq}"),
             *("--tokens", str(args.tokens_per_gpu * self.gpus), "--steps", str(args.steps)),
-            *("--turn", str(args.out / self.name)),
-            *("--set", *args.set),
+            # A row that is cut over `seq` cannot do with one exchange a step.
+            *("--set", *args.set, *(["mesh.exchange=microbatch"] if self.seq > 1 else [])),
         ]
 
 
@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--counts", type=int, nargs="*", help="of GPUs, in this order; all powers of two otherwise")
     parser.add_argument("--tokens_per_gpu", type=int, default=65_536)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--limit_seconds", type=int, default=120, help="that a point may train, or it has failed")
     parser.add_argument("--set", nargs="*", default=[], help="config overrides, key=value, beside those of the table")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("scaling"))
     args = parser.parse_args()
@@ -77,62 +78,93 @@ def main() -> int:
 
 @dataclasses.dataclass
 class Started:
-    """A point's process, which compiles, says so and waits for its turn.
+    """A point's process.
 
     Attributes:
-      gpus: that are its own while it trains.
+      gpus: that it sees, and that are its own while it trains.
+      began: when it was given its turn, by `time.monotonic`.
     """
 
     point: Point
     gpus: list[int]
     process: subprocess.Popen
     output: pathlib.Path
+    began: float = 0.0
 
-    def has_compiled(self) -> bool:
+    def has_ended(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    def is_ready(self) -> bool:
         """Whether it waits for its turn, or has ended."""
-        return self.process.poll() is not None or self.output.with_suffix(".compiled").exists()
+        return self.has_ended() or self.output.with_suffix(".compiled").exists()
 
     def begin(self) -> None:
         """Gives it its turn."""
+        self.began = time.monotonic()
         self.output.with_suffix(".go").touch()
 
-    def result(self) -> dict:
-        """What a process that has ended measured, or why it did not."""
-        lines = self.output.read_text().strip().splitlines() or ["no output"]
+    def result(self, limit: int) -> dict | None:
+        """What it measured, or why it did not; None while it trains."""
+        if not self.has_ended():
+            if time.monotonic() - self.began < limit:
+                return None
+            # Where one GPU has failed the others wait for it.
+            self.process.kill()
+            self.process.wait()
+            return {"error": f"did not end within {limit} s; {reason(self.lines())}"}
+        lines = self.lines()
         return json.loads(lines[-1]) if self.process.returncode == 0 else {"error": reason(lines)}
+
+    def lines(self) -> list[str]:
+        """What it printed."""
+        return self.output.read_text().strip().splitlines() or ["no output"]
 
 
 def run(rows: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
     """Measures every point on GPUs of its own; writes each result to results.jsonl as it comes."""
-    began = time.monotonic()
+    began, results = time.monotonic(), {}
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:4.0f} s  {what}", flush=True)
 
-    waiting = [start(number, point, args) for number, point in enumerate(rows)]
-    say(f"{len(waiting)} points compile")
-    while not all(started.has_compiled() for started in waiting):
-        time.sleep(0.2)
-    say("all have compiled")
-    running, results = [], {}
+    def keep(point: Point, result: dict) -> None:
+        results[point] = result
+        with open(args.out / "results.jsonl", "a") as file:
+            file.write(json.dumps({"gpus": point.gpus, "seq": point.seq, **result}) + "\n")
+        say(f"{point.point} on {point.gpus}: {result.get('error', 'measured')}")
+
+    def started(*flags: str) -> list[Started]:
+        left = [(number, point) for number, point in enumerate(rows) if point not in results]
+        return [start(number, point, args, *flags) for number, point in left]
+
+    say(f"{len(rows)} points compile")
+    compiling = started("--compile_only")
+    for one in compiling:
+        one.process.wait()
+        if one.process.returncode:
+            keep(one.point, {"error": reason(one.lines())})
+    say("compiled")
+    waiting, running = started("--turn"), []
+    while not all(one.is_ready() for one in waiting):
+        time.sleep(0.1)
+    say("ready to train")
     while waiting or running:
-        for started in list(waiting):
-            if not {gpu for other in running for gpu in other.gpus} & set(started.gpus):
-                waiting.remove(started)
-                running.append(started)
-                started.begin()
-        for started in [started for started in running if started.process.poll() is not None]:
-            running.remove(started)
-            point = started.point
-            results[point] = started.result()
-            with open(args.out / "results.jsonl", "a") as file:
-                file.write(json.dumps({"gpus": point.gpus, "seq": point.seq, **results[point]}) + "\n")
-            say(f"{point.point} on {point.gpus}: {results[point].get('error', 'measured')}")
-        time.sleep(0.2)
+        for one in list(waiting):
+            if not {gpu for other in running for gpu in other.gpus} & set(one.gpus):
+                waiting.remove(one)
+                running.append(one)
+                one.begin()
+        for one in list(running):
+            result = one.result(args.limit_seconds)
+            if result is not None:
+                running.remove(one)
+                keep(one.point, result)
+        time.sleep(0.1)
     return results
 
 
-def start(number: int, point: Point, args: argparse.Namespace) -> Started:
+def start(number: int, point: Point, args: argparse.Namespace, flag: str) -> Started:
     """Starts a point's process on GPUs that differ from point to point, and are in another order where it takes all."""
     first = number if point.gpus == args.gpus else number * point.gpus
     gpus = [(first + i) % args.gpus for i in range(point.gpus)]
@@ -143,8 +175,10 @@ def start(number: int, point: Point, args: argparse.Namespace) -> Started:
     output = args.out / f"{point.name}.txt"
     for suffix in (".compiled", ".go"):
         output.with_suffix(suffix).unlink(missing_ok=True)
+    flags = [flag] if flag == "--compile_only" else [flag, str(output.with_suffix(""))]
+    command = [*point.command(args), *flags]
     with output.open("w") as file:
-        process = subprocess.Popen(point.command(args), env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     return Started(point, gpus, process, output)
 
 

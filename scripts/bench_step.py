@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="add a table of the last step's kernels by kind")
     parser.add_argument("--out", type=pathlib.Path, help="folder for results.jsonl and profiles")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compile_only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--turn", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
@@ -151,6 +152,8 @@ def measure(args: argparse.Namespace, point: str) -> dict:
     built = lower_step(args, point)
     step, make_state = built.lowered.compile(), first_state(built).lower().compile()
     compile_seconds = time.monotonic() - started
+    if args.compile_only:
+        return {"point": point, "compile_seconds": compile_seconds}
     config, sharding, spec = built.config, built.sharding, built.spec
     split = multihost.BatchSplit(sharding.batch)
     data = open_data(

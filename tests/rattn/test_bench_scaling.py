@@ -11,7 +11,7 @@ from scripts.bench_scaling import Point, points, run, table
 
 @pytest.fixture
 def args(tmp_path):
-    return argparse.Namespace(gpus=4, out=tmp_path)
+    return argparse.Namespace(gpus=4, out=tmp_path, limit_seconds=2)
 
 
 def measured(point):
@@ -42,36 +42,50 @@ def test_points_run_once_each_and_a_failure_ends_nothing(args, monkeypatch, caps
 
 WAITS = """
 import json, os, pathlib, sys, time
-turn, out = map(pathlib.Path, sys.argv[1:])
-with open(out / "log", "a") as log:
-    print("compiles", turn.name, file=log)
+out, name, flag, *turn = sys.argv[1:]
+out = pathlib.Path(out)
+def log(what):
+    with open(out / "log", "a") as file:
+        print(what, name, file=file)
+if flag == "--compile_only":
+    time.sleep(0.1)
+    log("compiled")
+    sys.exit(f"{name} cannot be compiled" if name == "g_2" else 0)
+(turn,) = map(pathlib.Path, turn)
 turn.with_name(turn.name + ".compiled").touch()
+log("ready")
 while not turn.with_name(turn.name + ".go").exists():
     time.sleep(0.02)
 gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 for gpu in gpus:
     os.mkdir(out / f"gpu{gpu}")  # Fails where another has it.
+if name == "f_1":
+    print("RESOURCE_EXHAUSTED", flush=True)
+    os.rmdir(out / f"gpu{gpus[0]}")
+    time.sleep(60)
 time.sleep(0.3)
 for gpu in gpus:
     os.rmdir(out / f"gpu{gpu}")
-with open(out / "log", "a") as log:
-    print("ends", turn.name, file=log)
+log("trained")
 print(json.dumps({"seen": gpus}))
 """
 
 
 def test_all_compile_at_once_and_no_gpu_is_given_twice(args, monkeypatch):
     def command(self, args):
-        return [sys.executable, "-c", WAITS, str(args.out / self.name), str(args.out)]
+        return [sys.executable, "-c", WAITS, str(args.out), self.name]
 
     monkeypatch.setattr(Point, "command", command)
-    rows = [Point("a", 4), Point("b", 2), Point("c", 1), Point("d", 1), Point("e", 1), Point("f", 4)]
+    rows = [Point(name, gpus) for name, gpus in (("a", 4), ("b", 2), ("c", 1), ("d", 1), ("f", 1), ("g", 2), ("h", 4))]
     results = run(rows, args)
-    assert {point.point: len(set(result["seen"])) for point, result in results.items()} == {
-        point.point: point.gpus for point in rows
+    # One that hangs ends nothing but itself, and so does one that cannot be compiled.
+    assert results.pop(Point("f", 1)) == {"error": "did not end within 2 s; RESOURCE_EXHAUSTED"}
+    assert results.pop(Point("g", 2)) == {"error": "g_2 cannot be compiled"}
+    assert {point: len(set(result["seen"])) for point, result in results.items()} == {
+        point: point.gpus for point in rows if point.point not in "fg"
     }
     log = (args.out / "log").read_text().split()[::2]
-    assert log == ["compiles"] * 6 + ["ends"] * 6
+    assert log == ["compiled"] * 7 + ["ready"] * 6 + ["trained"] * 5
 
 
 def test_the_rows_of_a_machine():
