@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rattn.errors import UserError
 from rattn.sweeping.points import Point, Sweep, same_config
@@ -141,10 +141,10 @@ class Runner:
             self.results.write_archive(self.options.archive)
         return result
 
-    def _train(self, point: Point, lock: int) -> float | None:
+    def _train(self, point: Point, lock: int, enough: Callable[[], bool] | None = None) -> float | None:
         if latest_step(self.results.point_folder(point.name)) >= point.config.total_steps:
             return None
-        return self._run(point, "train", lock)
+        return self._run(point, "train", lock, enough)
 
     def _ensure_trunk(self, point: Point) -> None:
         """Trains the trunk (again) where its checkpoint is not on this machine."""
@@ -160,7 +160,8 @@ class Runner:
             self.table.set(point.name, "trunk", f"training {trunk.name}", running=True)
             if trunk.trunk:
                 self._ensure_trunk(trunk)
-            self._train(trunk, lock)
+            # Where the trunk has a result nothing is wanted of it but the checkpoint.
+            self._train(trunk, lock, enough=held if self.results.of(trunk) else None)
         if not held():
             reason = (
                 f"The trunk {trunk.name!r} kept no checkpoint of step {step}; name the step in its "
@@ -176,8 +177,8 @@ class Runner:
         except (OSError, ValueError, KeyError):
             return False
 
-    def _run(self, point: Point, stage: str, lock: int) -> float:
-        """Runs a command of a point to its end; returns its wall seconds.
+    def _run(self, point: Point, stage: str, lock: int, enough: Callable[[], bool] | None = None) -> float:
+        """Runs a command of a point to its end, or till `enough`, and it is told to stop; returns its wall seconds.
 
         Raises:
           _Failed: it failed; the reason is the sentence that it ended with.
@@ -188,7 +189,7 @@ class Runner:
         command = self._launched(point, stage)
         doing = {"train": "training", "evaluate": "evaluating"}[stage]
         self.table.set(point.name, doing, running=True)
-        started, signalled = time.monotonic(), False
+        started, signalled, done = time.monotonic(), False, False
         with log.open("ab") as output:
             begin = output.tell()
             process = subprocess.Popen(
@@ -202,11 +203,14 @@ class Runner:
                 pass_fds=[lock],
             )
             while process.poll() is None:
-                if not signalled and (self._stopping or self._seconds_left() < 0):
+                done = done or bool(enough and enough())
+                if not signalled and (done or self._stopping or self._seconds_left() < 0):
                     os.killpg(process.pid, signal.SIGTERM)
                     signalled = True
                 self.table.progress(point.name, _progress(folder, point.config.total_steps))
                 time.sleep(0.1)
+        if done and not self._stopping:
+            return time.monotonic() - started
         if signalled or process.returncode == EXIT_RESTART:
             self._stopping = True
             raise _Left("stopped", "saved; start the sweep again to go on")
@@ -282,12 +286,15 @@ class Runner:
             training = result["trained_steps"] * result["evaluation"]["training"]["step_seconds"]
             return max(result["seconds"]["train"] - training, 0)
 
-        begins = max(map(start, timed))
+        begins = once = max(map(start, timed))
         if self.options.train_alone:
             # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
             # while those before it train.
+            once = min(map(start, timed))
             ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
-            begins = max(min(map(start, timed)), ahead)
+            begins = max(once, ahead)
+        if self._lacks_trunk(point):
+            begins += once
         # The longest evaluation: one that compiles, which nothing before it can have done for it.
         evaluation = max(result["seconds"]["evaluate"] or 0 for result in timed)
         return begins + step_seconds * self._steps_left(point) + evaluation
@@ -299,9 +306,16 @@ class Runner:
         if running:
             done = max(done, last_metrics(folder).get("step", 0))
         left = point.config.total_steps - done
-        if point.trunk and not checkpoint_steps(self.results.point_folder(point.trunk)):
-            left += self._steps_left(self._points[point.trunk], running=running)
+        if self._lacks_trunk(point):
+            trunk = self._points[point.trunk]
+            left += self._steps_left(trunk, running=running)
+            if point.config.init_from_step and self.results.of(trunk):
+                left -= trunk.config.total_steps - point.config.init_from_step
         return left
+
+    def _lacks_trunk(self, point: Point) -> bool:
+        """Whether a trunk is to be trained before the point."""
+        return bool(point.trunk) and not checkpoint_steps(self.results.point_folder(point.trunk))
 
     @contextlib.contextmanager
     def _queued(self, point: Point) -> Iterator[None]:

@@ -4,7 +4,7 @@
 name), metrics.jsonl and an empty checkpoint; "evaluation" makes up losses that fall with the window. Each call appends
 a line to LOG. The environment's FAKE_POINT, "stage:pattern:what", makes a
 stage of the points whose folder has the pattern fail with a sentence ("fail"), ask to be started again ("restart"), or
-save half of its steps and end when it is told to ("wait").
+save what it is to keep, and half of its steps when it is told to end ("wait").
 """
 
 import itertools
@@ -36,7 +36,10 @@ def train(log, arguments, fault):
         save(last + 1)
         return 75
     if fault == "wait" and not last:
-        signal.signal(signal.SIGTERM, lambda *_: (save(total // 2), os._exit(75)))
+        kept = config["checkpoint"]["keep_steps"]
+        signal.signal(signal.SIGTERM, lambda *_: (save(max([total // 2, *(step + 1 for step in kept)])), os._exit(75)))
+        for step in kept:
+            save(step)
         (folder / "waiting").touch()
         time.sleep(60)
     for step in (*config["checkpoint"]["keep_steps"], total):

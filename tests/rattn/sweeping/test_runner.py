@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import threading
@@ -89,14 +90,37 @@ def test_a_branch_begins_at_its_trunk_and_a_lost_trunk_is_trained_again(sweep_of
     assert (status, calls) == (0, ["train small", "evaluate small", "train large", "evaluate large"])
     assert results.of(large)["trained_steps"] == 160
     # Another machine: the small point's result has come by merging, its checkpoint has not.
-    other = Results(results.workdir.with_name("other"))
-    other.merge(results.workdir)
-    for path in (other.workdir / "results").glob("large.*"):
-        path.unlink()
+    for name in ("other", "third"):
+        other = Results(results.workdir.with_name(name))
+        other.merge(results.workdir)
+        for path in (other.workdir / "results").glob("large.*"):
+            path.unlink()
     status, results, calls = run(sweep, workdir="other")
     assert (status, calls) == (0, ["train small", "train large", "evaluate large"])
     command = Runner(sweep, results, Options(), Table([])).commands(large)["train"]
     assert f"--config.init_from={results.point_folder('small')}" in command
+    # The small point has its result: of the trunk nothing is trained behind the branch.
+    status, results, calls = run(sweep, "train:small:wait", workdir="third")
+    assert (status, calls) == (0, ["train small", "train large", "evaluate large"])
+    assert latest_step(results.point_folder("small")) == 41
+
+
+def test_a_budget_counts_a_trunk_that_is_not_there(sweep_of, run):
+    """10 s a step, 5 s to start, 5 s to evaluate; the branch begins at step 40 of the trunk's 60 and ends at 200."""
+    sweep = sweep_of(BRANCHES)
+    _, results, _ = run(sweep)
+    for path in (results.workdir / "results").iterdir():
+        result = json.loads(path.read_text())
+        result["evaluation"]["training"]["step_seconds"] = 10
+        result["seconds"] = {"train": result["trained_steps"] * 10.0 + 5, "evaluate": 5.0}
+        path.write_text(json.dumps(result))
+    runner = Runner(sweep, results, Options(), Table([]))
+    assert runner._estimate(sweep.points[1]) == 5 + 5
+    small, large = (results.point_folder(name) / "checkpoints" for name in ("small", "large"))
+    shutil.rmtree(large)
+    assert runner._estimate(sweep.points[1]) == 5 + 1600 + 5
+    shutil.rmtree(small)
+    assert runner._estimate(sweep.points[1]) == 2 * 5 + 400 + 1600 + 5
 
 
 def test_checkpoints_are_deleted_once_no_point_needs_them(sweep_of, run):
