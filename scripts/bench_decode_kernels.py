@@ -29,7 +29,13 @@ import jax.numpy as jnp
 
 from rattn import accounting, platform
 from rattn.config import load_config, validate
-from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu, products_persistent_plan
+from rattn.decoding import (
+    attention_gpu,
+    attention_ring_gpu,
+    products_gpu,
+    products_persistent_gpu,
+    products_persistent_plan,
+)
 from rattn.decoding.layers import layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
@@ -130,7 +136,7 @@ def arguments():
 def attention_case(model, text, args):
     """Builds a case of attention in the middle of a call of steps."""
     kind, batch, *context = text.split(":")
-    local, B = kind == "local", int(batch)
+    local, B = kind in ("local", "ring"), int(batch)
     layer = next(layer for layer in layer_specs(model) if (layer.kind == "full") != local)
     K, G, H, C = model.kv_heads, layer.group, layer.head_dim, accounting.FOLD_TOKENS
     S = layer.window + C if local else int(context[0])
@@ -144,6 +150,23 @@ def attention_case(model, text, args):
 
     def run(own, shared):
         ones, scale, rotation = jnp.ones((K, G, H), jnp.float32), jnp.ones(H, jnp.float32), None
+        if kind == "ring":
+            newest = jnp.int32(known - 1)
+            o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
+                attention_ring_gpu.Plan(layer.window, layer.norm_epsilon, layer.qk_norm),
+                shared["qkv_BKAH"],
+                own["k_BKSH"],
+                own["v_BKSH"],
+                own["state_BKPH"],
+                newest,
+                jnp.full(B, known, jnp.int32),
+                jnp.int32(C // 2),
+                attention_ring_gpu.angles(newest, S, G, H, layer.rope_theta),
+                attention_ring_gpu.turns(H, layer.rope_theta, scale, jnp.bfloat16),
+                (scale, scale),
+                (ones, ones),
+            )
+            return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
         if layer.rope_theta is not None and layer.has_linear:
             rotation = attention_gpu.ring_rotation(S, H, layer.rope_theta, scale, jnp.bfloat16)
         elif layer.rope_theta is not None:

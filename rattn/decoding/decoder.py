@@ -19,7 +19,7 @@ from rattn.model.parameters import model_spec
 from rattn.sharding import Sharding
 
 Tree = Any
-ATTENTIONS = ("auto", "xla", "pallas_gpu")
+ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
 PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
 
 
@@ -51,7 +51,8 @@ class Decoder:
           fold_tokens: C, steps between two folds: more make rings longer and write states less often.
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
-            `rattn.decoding.attention_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
+            `rattn.decoding.attention_gpu` fits, or "pallas_gpu_ring", on a Hopper GPU, which has another kernel for
+            layers that `attention_ring_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
             "pallas_gpu" (`rattn.decoding.products_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, on a
             Hopper GPU), whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and
@@ -82,15 +83,16 @@ class Decoder:
             attention = "pallas_gpu" if one_gpu else "xla"
         if products == "auto":
             products = "pallas_gpu" if one_gpu and devices.on_hopper() else "xla"
-        if products == "pallas_gpu_persistent" and not devices.on_hopper():
-            raise UserError("products='pallas_gpu_persistent' runs on a Hopper GPU and there is none; use 'auto'.")
+        for name, value in (("attention", attention), ("products", products)):
+            if value in ("pallas_gpu_persistent", "pallas_gpu_ring") and not devices.on_hopper():
+                raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
         how = "interpreted" if platform == "cpu" else "compiled"
-        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_persistent": "persistent"}
+        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how, "pallas_gpu_persistent": "persistent"}
         fits = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(products)
         if fits and not fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
         self.attention, self.products = attention, products
-        self._kernels = step.Kernels(kernels[attention], kernels[products])
+        self._kernels = step.Kernels(kernels[attention], kernels[products], ring=attention == "pallas_gpu_ring")
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))

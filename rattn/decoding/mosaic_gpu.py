@@ -9,7 +9,7 @@ import dataclasses
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Threads of a warpgroup, and bytes that one of them copies at a time.
@@ -18,6 +18,43 @@ WARPGROUP, CHUNK = 128, 16
 LINE = 64
 # How tiles lie that matrix products read.
 TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
+
+
+def rows_layout(rows, columns):
+    """Returns the layout of [rows, columns] in which a warp has rows / 4, and a lane neighbours in a row."""
+    warp_rows = rows // 4
+    vector = columns * warp_rows // 32
+    tiles = (rows, columns), (warp_rows, columns), (1, vector)
+    layout = fragmented_array.TiledLayout(
+        fragmented_array.Tiling(tiles), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def store_of_warps(kind, x, place, interpret):
+    """Stores each warp's "max" or "add" of its rows of x, float32 [64, columns] as a product lies: [4, columns]."""
+    if interpret:
+        x = x.reshape(4, -1, x.shape[1])
+        place[...] = x.max(axis=1) if kind == "max" else x.sum(axis=1)
+        return
+    operation = {"max": arith.maximumf, "add": arith.addf}[kind]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def store(_, x, place):
+        number = _Number
+        warp, pair = number.thread() // 32, number.thread() % 4
+        at = llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(place))
+        columns = x.shape[1]
+        # [tiles of eight columns, halves of a warp's rows] of pairs.
+        for tile, halves in enumerate(x.registers.reshape(columns // 8, 2)):
+            found = operation(*halves)
+            for lanes in (4, 8, 16):
+                found = operation(found, utils.shfl_bfly(found, lanes))
+            address = warp * (4 * columns) + pair * 8 + _Number(at)
+            numbers = [llvm.extractelement(found, arith.constant(ir.IntegerType.get_signless(32), n)) for n in (0, 1)]
+            _assembly(f"st.shared.v2.f32 [$0 + {32 * tile}], {{$1, $2}};", "r,f,f", address.value, *numbers)
+
+    store(x, place)
 
 
 def wait_if(condition, barrier):

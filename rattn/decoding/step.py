@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rattn.decoding import attention_gpu, attention_xla, products_gpu, products_persistent_gpu, products_persistent_plan
+from rattn.decoding import (
+    attention_gpu,
+    attention_ring_gpu,
+    attention_xla,
+    products_gpu,
+    products_persistent_gpu,
+    products_persistent_plan,
+)
 from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, folded
 from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project
 from rattn.decoding.sampling import Sampling, sample
@@ -27,10 +34,12 @@ class Kernels:
       attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
       products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent",
         `rattn.decoding.products_persistent_gpu`, for up to its ROWS; the weights lie as both take them.
+      ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
     """
 
     attention: str
     products: str
+    ring: bool = False
 
     @property
     def persistent(self) -> bool:
@@ -56,14 +65,16 @@ class Handed(NamedTuple):
 
 def ring_rotations(
     layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, weights: dict[str, Any]
-) -> tuple[attention_gpu.Rotation | None, ...]:
+) -> tuple[attention_gpu.Rotation | jax.Array | None, ...]:
     """Returns for each layer what its kernel positions keys with that are kept as projected, the same in all steps.
 
     Made before a loop of steps: XLA would make it in each of them.
     """
 
-    def of(layer: LayerSpec, w: Weights) -> attention_gpu.Rotation | None:
+    def of(layer: LayerSpec, w: Weights) -> attention_gpu.Rotation | jax.Array | None:
         dtype = jnp.dtype(layout.dtype)
+        if _ring_attends(kernels, layer, layout):
+            return attention_ring_gpu.turns(layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype)
         if not _kernel_attends(kernels, layer, dtype) or not layer.has_linear or layer.rope_theta is None:
             return None
         return attention_gpu.ring_rotation(
@@ -77,7 +88,7 @@ def step(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
     kernels: Kernels,
-    rotations: tuple[attention_gpu.Rotation | None, ...],
+    rotations: tuple[attention_gpu.Rotation | jax.Array | None, ...],
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -175,7 +186,7 @@ def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
     kernels: Kernels,
-    rotation: attention_gpu.Rotation | None,
+    rotation: attention_gpu.Rotation | jax.Array | None,
     weights: Weights,
     following: Weights | None,
     cache: LayerCache,
@@ -187,7 +198,9 @@ def _layer_step(
     `following` are that layer's weights; `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, counters = handed
-    if _kernel_attends(kernels, layer, x_BD.dtype):
+    if _ring_attends(kernels, layer, layout):
+        o_BE, cache = _by_ring_kernel(layer, layout, rotation, weights, cache, clock, qkv_BKAH)
+    elif _kernel_attends(kernels, layer, x_BD.dtype):
         interpreted = kernels.attention == "interpreted"
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, interpreted, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
@@ -208,6 +221,10 @@ def _layer_step(
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
     return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
+
+
+def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
+    return kernels.ring and attention_ring_gpu.fits(layer, layout)
 
 
 def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
@@ -256,3 +273,32 @@ def _by_kernel(
         branch_scales=(weights["softmax_norm_KGH"], weights["linear_norm_KGH"]) if layer.has_linear else None,
     )
     return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, arrivals_BK
+
+
+def _by_ring_kernel(
+    layer: LayerSpec,
+    layout: CacheLayout,
+    turns_4TR: jax.Array,
+    weights: Weights,
+    cache: LayerCache,
+    clock: Clock,
+    qkv_BKAH: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Returns what `attention_xla.attend` does, by the kernel for rings."""
+    slots, now = layout.slots(layer), clock.after_a_step()
+    newest, ones = clock.steps % slots, jnp.ones(layer.head_dim, jnp.float32)
+    o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
+        attention_ring_gpu.Plan(layout.kept_window(layer), layer.norm_epsilon, layer.qk_norm),
+        qkv_BKAH,
+        cache["k_BKSH"],
+        cache["v_BKSH"],
+        cache["state_BKPH"],
+        newest,
+        now.length_B - now.start_B,
+        now.unfolded,
+        attention_ring_gpu.angles(newest, slots, layer.group, layer.head_dim, layer.rope_theta),
+        turns_4TR,
+        (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else (ones, ones),
+        (weights["softmax_norm_KGH"], weights["linear_norm_KGH"]),
+    )
+    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}

@@ -136,16 +136,16 @@ def test_what_fits():
     assert not products_gpu.fits(jnp.bfloat16, {"down": (2048, 6656 + 128)})
 
 
-def check_model(miniature, attention, changes, products="pallas_gpu"):
-    """A model decodes with its products by kernel as with XLA's: prompts of three lengths and five tokens.
+def check_model(miniature, changes, *how):
+    """A model decodes alike in two ways, (attention, products) each: prompts of three lengths and five tokens.
 
     Both keep a layer's activations in bfloat16, rounded up to 14 times a layer by up to 2⁻⁸ of their size, evenly
     spread, and its weights: √(2 · 15 · L) · 2⁻⁸ / √3 root mean square, as in `test_parity`.
     """
     found = []
-    for products_by in ("xla", products):
-        mini = miniature(fold_tokens=3, attention=attention, products=products_by, **changes)
-        assert ("out_DE" in mini.weights["layers"][0]) == (products_by == products)
+    for attention, products in how:
+        mini = miniature(fold_tokens=3, attention=attention, products=products, **changes)
+        assert ("out_DE" in mini.weights["layers"][0]) == (products != "xla")
         logits, cache = mini.chunk(mini.decoder.empty_cache(3, 24), prefix(LENGTHS), 10)
         steps, _ = mini.steps(cache, following(LENGTHS, 5))
         found.append((np.concatenate(logits), steps))
@@ -156,7 +156,7 @@ def check_model(miniature, attention, changes, products="pallas_gpu"):
 
 
 def test_a_model_decodes_as_with_xla(miniature):
-    check_model(miniature, "xla", MINIATURE)
+    check_model(miniature, MINIATURE, ("xla", "xla"), ("xla", "pallas_gpu"))
 
 
 def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
@@ -210,4 +210,4 @@ def test_on_a_gpu_products_by_hand():
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["xla", "pallas_gpu"])
 def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, attention):
-    check_model(miniature, attention, MINIATURE)
+    check_model(miniature, MINIATURE, (attention, "xla"), (attention, "pallas_gpu"))

@@ -270,4 +270,4 @@ def test_on_a_gpu_a_row_does_not_depend_on_others():
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["xla", "pallas_gpu"])
 def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, attention):
-    check_model(miniature, attention, MINIATURE, "pallas_gpu_persistent")
+    check_model(miniature, MINIATURE, (attention, "xla"), (attention, "pallas_gpu_persistent"))

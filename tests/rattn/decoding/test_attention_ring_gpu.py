@@ -1,0 +1,239 @@
+"""The kernel of a ring and a state for a Hopper GPU: interpreted on the CPU, lowered, and run where there is a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from kernels_pallas import devices
+from kernels_pallas.residual_linear_attention.feature_map import features
+from rattn.decoding import attention_ring_gpu
+from rattn.decoding.attention_ring_gpu import STATE_TILES, Plan
+from rattn.model.layers import rms_norm, rope_angles, rotate
+
+H, EPSILON, THETA = attention_ring_gpu.HEAD_DIM, 1e-6, 1e4
+# Heads that the kernel takes in the first of two layers.
+MINIATURE = {
+    "layers": 2,
+    "width": 64,
+    "query_heads": 8,
+    "kv_heads": 2,
+    "head_dim": H,
+    "mlp_width": 64,
+    "vocab_size": 64,
+    "window": 64,
+    "pattern": ("rattention", "full"),
+    "rope_pattern": (True, False),
+    "compute_dtype": "bfloat16",
+}
+
+
+def drawn(batch, heads, group, slots):
+    """Returns qkv, keys, values, a state, scales of query and key, and scales of the branches."""
+    random = np.random.default_rng(5)
+
+    def draw(*shape, dtype=jnp.bfloat16):
+        return random.standard_normal(shape, np.float32).astype(dtype)
+
+    kept = [draw(batch, heads, slots, H) for _ in range(2)]
+    scales = tuple(np.float32(1) + np.float32(0.3) * draw(H, dtype=np.float32) for _ in range(2))
+    branch_scales = tuple(random.uniform(0.5, 1.5, (heads, group, H)).astype(np.float32) for _ in range(2))
+    state = draw(batch, heads, 2 * H, H, dtype=np.float32)
+    return draw(batch, heads, group + 2, H), *kept, state, scales, branch_scales
+
+
+def by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, branch_scales):
+    """Returns both branches, normed, in float64, of keys that are normed and rotated as training does."""
+    group, slots = qkv.shape[2] - 2, k.shape[2]
+    q, k, v = qkv[:, :, :group], np.array(k), np.array(v)
+    k[:, :, newest], v[:, :, newest] = qkv[:, :, group], qkv[:, :, group + 1]
+    ages = (newest - np.arange(slots)) % slots
+
+    @jax.jit
+    def positioned(x, scale, positions):
+        x = rms_norm(x, scale, EPSILON) if plan.normed else x
+        if theta is None:
+            return x
+        return rotate(x, *(angle[None, None] for angle in rope_angles(positions, H, theta)))
+
+    softmax_q, softmax_k = positioned(q, scales[0], np.zeros(1)), positioned(k, scales[1], -ages)
+    phi, phi_k = jax.jit(lambda *x: [features("softmax", one) for one in x])(q, k)
+    softmax_q, softmax_k, v, phi, phi_k, state = (
+        np.asarray(x, np.float64) for x in (softmax_q, softmax_k, v, phi, phi_k, state)
+    )
+    reach = np.minimum(plan.window, known)[:, None]
+    weights = np.exp(np.einsum("bkgh,bksh->bkgs", softmax_q, softmax_k) * H**-0.5)
+    weights = np.where((ages[None] < reach)[:, None, None], weights, 0)
+    softmax = np.einsum("bkgs,bksh->bkgh", weights / weights.sum(-1, keepdims=True), v)
+    waits = (ages[None] >= plan.window) & (ages[None] < plan.window + unfolded) & (ages[None] < known[:, None])
+    scores = np.einsum("bkgp,bksp->bkgs", phi, phi_k) * waits[:, None, None]
+    linear = np.einsum("bkgs,bksh->bkgh", scores, v) + np.einsum("bkgp,bkph->bkgh", phi, state)
+    return [
+        o / np.sqrt(np.mean(o * o, axis=-1, keepdims=True) + EPSILON) * scale
+        for o, scale in zip((softmax, linear), branch_scales, strict=True)
+    ]
+
+
+def roundings(found, wanted):
+    """Returns how many roundings to bfloat16, one after another, make such an error; see `test_attention_gpu`."""
+    each = (1, 2, 3)
+    error_B = np.sqrt(np.mean((np.asarray(found, np.float64) - wanted) ** 2, each) / np.mean(wanted**2, each))
+    return 3 * (256 * error_B.max()) ** 2
+
+
+def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, normed, interpret=False):
+    """Compares both branches, each by itself, by a scale of zero for the other, and their sum."""
+    slots = window + fold_tokens
+    qkv, k, v, state, scales, branch_scales = drawn(batch, heads, group, slots)
+    # All that a ring holds, less, and few; the last slots wait or are past the beginning.
+    known = np.array([10_000, slots - 7, 5] * batch, np.int32)[:batch]
+    plan = Plan(window, EPSILON, normed, interpret)
+    wanted = by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, branch_scales)
+
+    @jax.jit
+    def attend(qkv, k, v, state, newest, known, unfolded, scales, branch_scales):
+        angles = attention_ring_gpu.angles(newest, slots, group, H, theta)
+        turns = attention_ring_gpu.turns(H, theta, scales[1] if normed else None, jnp.bfloat16)
+        return attention_ring_gpu.attend(
+            plan, qkv, k, v, state, newest, known, unfolded, angles, turns, scales, branch_scales
+        )
+
+    given = qkv, k, v, state, np.int32(newest), known, np.int32(unfolded), scales
+    zeros = np.zeros_like(branch_scales[0])
+    # As the Triton kernel's test derives them: the weights and the result, what enters scores, what a norm makes of a
+    # branch; φ of query and key, their product, the branch and its norm.
+    for branches, want, most in (
+        ((branch_scales[0], zeros), wanted[0], 3 + 5.5),
+        ((zeros, branch_scales[1]), wanted[1], 5),
+        (branch_scales, sum(wanted), 3 + 5.5),
+    ):
+        found, kept_k, kept_v = attend(*given, branches)
+        assert 0 < roundings(found, want) < most
+    for before, after, row in ((k, kept_k, group), (v, kept_v, group + 1)):
+        want = np.array(before)
+        want[:, :, newest] = qkv[:, :, row]
+        np.testing.assert_array_equal(np.asarray(after, np.float32), want.astype(np.float32))
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Lets a kernel end with barriers whose last phase nobody waited for, as the hardware does."""
+
+    def deallocate(barrier):
+        with barrier.cv:
+            barrier.ref_count -= 1
+
+    monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # batch, heads, group, window, fold tokens, newest, unfolded, theta, normed
+        (3, 1, 4, 100, 28, 90, 20, THETA, True),
+        # More tiles than shared memory holds; eight columns for queries.
+        (2, 1, 5, 512, 32, 511, 9, None, True),
+        (1, 1, 1, 100, 92, 0, 1, THETA, False),
+    ],
+)
+def test_both_branches_by_hand(interpreter, monkeypatch, case):
+    """One program takes all heads: each of its warpgroups is a thread of JAX's, which has eight here."""
+    monkeypatch.setattr(attention_ring_gpu, "PROGRAMS", 1)
+    check(*case, interpret=True)
+
+
+@pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (1, 72), (4, 1088), (3, 1056)])
+def test_the_rings_never_wait_for_themselves(group, slots):
+    """Plays the warpgroups' waits for three heads."""
+    call = attention_ring_gpu._Call(None, 3, 1, group, slots)
+    assert call.other_slots > 1
+    programs = {"copy": [], "others": [], 0: [], 1: []}
+    for i in range(3):
+        programs["copy"] += [("copy", (i, *item)) for item in (*call.early, ("new", 0), *call.late)]
+        for number, tiles in enumerate(call.key_tiles):
+            programs[number] += [("need", (i, "new", 0)), ("need", (i, "phi"))]
+            programs[number] += [("need", (i - 1, "answer"))] if i else []
+            programs[number] += [("take", (i, "k", t)) for t in tiles] + [("make", (i, "weights", number))]
+        programs["others"] += [("need", (i, "new", 0)), ("make", (i, "phi"))]
+        programs["others"] += [("take", (i, "s", n)) for n in range(STATE_TILES)]
+        programs["others"] += [("need", (i, "weights", number)) for number in (0, 1)]
+        programs["others"] += [("take", (i, "v", t)) for t in range(call.tiles)] + [("make", (i, "answer"))]
+    room, made = {("k", 0): call.key_slots, ("k", 1): call.key_slots, "others": call.other_slots, "new": 2}, set()
+
+    def ring(item):
+        return {"k": ("k", item[2] % 2), "new": "new"}.get(item[1], "others")
+
+    def can(act, item):
+        return act == "make" or (room[ring(item)] > 0 if act == "copy" else item in made)
+
+    def perform(act, item):
+        if act in ("copy", "make"):
+            made.add(item)
+        if item[1] == "answer":
+            room["new"] += 1
+        if act in ("copy", "take"):
+            room[ring(item)] += 1 if act == "take" else -1
+
+    moved = True
+    while moved:
+        moved = False
+        for program in programs.values():
+            while program and can(*program[0]):
+                perform(*program.pop(0))
+                moved = True
+    assert not any(programs.values())
+
+
+def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatch):
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    mini = miniature(fold_tokens=8, attention="pallas_gpu_ring", **MINIATURE)
+    layer, full = mini.decoder.layers
+    layout = mini.decoder.layout(3, 96)
+    assert attention_ring_gpu.fits(layer, layout)
+    assert not attention_ring_gpu.fits(layer, mini.decoder.layout(3, 48))
+    assert not attention_ring_gpu.fits(layer, dataclasses.replace(layout, fold_tokens=9))
+    assert not attention_ring_gpu.fits(full, layout)
+    for change in ({"head_dim": 64}, {"query_heads": 18}, {"feature_map": "elu"}, {"feature_map_after_qk_norm": True}):
+        assert not attention_ring_gpu.fits(dataclasses.replace(layer, **change), layout)
+    assert not attention_ring_gpu.fits(layer, dataclasses.replace(layout, state_dtype="bfloat16"))
+    long = dataclasses.replace(layer, window=2048), dataclasses.replace(layout, capacity=4096)
+    assert not attention_ring_gpu.fits(*long)
+    cache = mini.decoder.empty_cache(3, 96)
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2(") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        (3, 2, 4, 512, 32, 40, 17, THETA, True),
+        (3, 2, 4, 512, 32, 543, 32, THETA, True),
+        (3, 2, 4, 512, 32, 511, 32, None, True),
+        (3, 2, 5, 512, 32, 300, 9, THETA, True),
+        (150, 4, 4, 128, 32, 70, 20, THETA, True),  # several heads a program
+        (2, 1, 3, 1024, 32, 1040, 0, THETA, False),
+    ],
+)
+def test_on_a_gpu_both_branches_by_hand(case):
+    check(*case)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_decodes_as_with_xla(miniature):
+    """Prompts of three lengths and twenty tokens, with two folds among them; the bound is `test_products`'s."""
+    tokens, found = np.random.default_rng(3).integers(0, 64, (3, 90)).astype(np.int32), []
+    for attention in ("xla", "pallas_gpu_ring"):
+        mini = miniature(fold_tokens=8, attention=attention, **MINIATURE)
+        rows = [row[:length] for row, length in zip(tokens, (70, 66, 3), strict=True)]
+        _, cache = mini.chunk(mini.decoder.empty_cache(3, 96), rows, 70)
+        found.append(mini.steps(cache, tokens[:, 70:].T)[0])
+    error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
+    assert 0 < error < np.sqrt(2 * 15 * mini.model.layers) * 2.0**-8 / np.sqrt(3)
