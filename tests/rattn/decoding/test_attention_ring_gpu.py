@@ -11,11 +11,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import attention_ring_gpu
-from rattn.decoding.attention_ring_gpu import STATE_TILES, Plan
+from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan
+from rattn.decoding.attention_ring_gpu import Plan
+from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, STATE_TILES, Call
 from rattn.model.layers import rms_norm, rope_angles, rotate
 
-H, EPSILON, THETA = attention_ring_gpu.HEAD_DIM, 1e-6, 1e4
+H, EPSILON, THETA = HEAD_DIM, 1e-6, 1e4
 # Heads that the kernel takes in the first of two layers.
 MINIATURE = {
     "layers": 2,
@@ -142,14 +143,14 @@ def interpreter(monkeypatch):
 )
 def test_both_branches_by_hand(interpreter, monkeypatch, case):
     """One program takes all heads: each of its warpgroups is a thread of JAX's, which has eight here."""
-    monkeypatch.setattr(attention_ring_gpu, "PROGRAMS", 1)
+    monkeypatch.setattr(attention_ring_gpu_plan, "PROGRAMS", 1)
     check(*case, interpret=True)
 
 
 @pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (1, 72), (4, 1088), (3, 1056)])
 def test_the_rings_never_wait_for_themselves(group, slots):
     """Plays the warpgroups' waits for three heads."""
-    call = attention_ring_gpu._Call(None, 3, 1, group, slots)
+    call = Call(3, 1, group, slots)
     assert call.other_slots > 1
     programs = {"copy": [], "others": [], 0: [], 1: []}
     for i in range(3):

@@ -1,0 +1,132 @@
+"""The warpgroup of `attention_ring_gpu` that reads state and values, and makes the result."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rattn.decoding import mosaic_gpu
+from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE
+from rattn.decoding.attention_ring_gpu_warpgroup import LOG2_E, WGMMA, Warpgroup, rounded
+
+
+class Answers(Warpgroup):
+    """The warpgroup that takes the state and the values."""
+
+    def run(self) -> None:
+        """Makes the result of weights, state and values."""
+        self.for_heads(self.answer)
+
+    def answer(self, i, b, h):
+        """Writes a head's result, and the new key and value."""
+        call = self.call
+        layout = mosaic_gpu.rows_layout(call.Q, HEAD_DIM)
+        scales = [
+            plgpu.load(scale.at[h], layout=layout, optimized=False) for scale in (self.softmax_scale, self.linear_scale)
+        ]
+        self.store_phi(i)
+        for half in range(2):
+            self.store_out(call.columns, half * HALF, self.read_state(i, half))
+        plgpu.barrier_wait(self.weights_full)
+        self.store_out(0, 0, self.read_values(i))
+        plgpu.commit_smem()
+        self.finish(i, b, h, layout, scales)
+        plgpu.barrier_arrive(self.weights_empty)
+
+    def store_phi(self, i):
+        """Writes φ(q), and once the ones by which squares are added up."""
+
+        @pl.when(i == 0)
+        def _():
+            ones = mosaic_gpu.rows_layout(2 * self.call.Q, TILE)
+            self.ones[...] = plgpu.layout_cast(jnp.ones((2 * self.call.Q, TILE), jnp.bfloat16), ones)
+
+        layout = mosaic_gpu.rows_layout(LINEAR, HEAD_DIM)
+        slot = jax.lax.rem(i, jnp.int32(2))
+        plgpu.barrier_wait(self.new_full.at[slot])
+        mosaic_gpu.wait_if(i > 0, self.phi_empty)
+        x = plgpu.load(self.new.at[slot, pl.ds(0, LINEAR)], layout=layout, optimized=False).astype(jnp.float32)
+
+        def across(y):
+            return plgpu.layout_cast(jax.lax.broadcast_in_dim(y, x.shape, [0]), layout)
+
+        for n, sign in enumerate((LOG2_E, -LOG2_E)):
+            y = x * sign
+            powers = jnp.exp2(y - across(y.max(axis=1)))
+            y = powers * across(1.0 / powers.sum(axis=1))
+            self.phi.at[:, pl.ds(n * HEAD_DIM, HEAD_DIM)][...] = y.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.phi_full)
+
+    def read_state(self, i, half):
+        """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
+        total, tiles = None, STATE_TILES // 2
+        for j in range(tiles):
+            _, slot = self.other_slot(i, half * tiles + j)
+            plgpu.barrier_wait(self.others_full.at[slot])
+            tile = self.states.at[slot].transpose((1, 0))
+            x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+            x = plgpu.layout_cast(x.astype(jnp.bfloat16), WGMMA)
+            plgpu.barrier_arrive(self.others_empty.at[slot])
+            found = self.multiply([x], [self.phi.at[:, pl.ds(j * TILE, TILE)]], LINEAR)
+            total = found if total is None else total + found
+        return total
+
+    def read_values(self, i):
+        """Returns values times weights, float32 [HEAD_DIM, columns]."""
+
+        def scope(sums):
+            slots = [self.other_slot(i, STATE_TILES + t)[1] for t in range(self.call.tiles)]
+            for t, slot in enumerate(slots):
+                plgpu.barrier_wait(self.others_full.at[slot])
+                weights = self.weights.at[:, pl.ds(t * TILE, TILE)]
+                plgpu.wgmma(sums, self.values.at[slot].transpose((1, 0)), weights.transpose((1, 0)))
+                if t:
+                    plgpu.wgmma_wait(1)  # All before this tile are done.
+                    plgpu.barrier_arrive(self.others_empty.at[slots[t - 1]])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(self.others_empty.at[slots[-1]])
+            return sums[...]
+
+        return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, self.call.columns), jnp.float32))
+
+    def store_out(self, row, first, found):
+        """Stores [dims, columns] of a result, beginning with this row and dim, as rows."""
+        place = self.out.at[pl.ds(row, found.shape[1]), pl.ds(first, found.shape[0])].transpose((1, 0))
+        place[...] = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
+
+    def finish(self, i, b, h, layout, scales):
+        """Adds up, norms and adds the branches."""
+        call, Q = self.call, self.call.Q
+        shape, slot = (Q, HEAD_DIM), jax.lax.rem(i, jnp.int32(2))
+
+        def across(x, dim=0):
+            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
+
+        def rows(ref, part):
+            """Loads [Q] numbers of those keys that were written since the ring went round, or before."""
+            return plgpu.load(ref.at[pl.ds(part * Q, Q)], layout=layout.reduce(1), optimized=False)
+
+        def out(first):
+            return plgpu.load(self.out.at[pl.ds(first, Q)], layout=layout, optimized=False)
+
+        most = [rows(self.most, part) for part in (0, 1)]
+        shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
+        weight = rows(self.weight, 0)
+        totals = [[rows(self.totals.at[n], part) for n in range(4 * KEY_WARPGROUPS)] for part in (0, 1)]
+        total = (sum(totals[0]) + weight) * shrink[0] + sum(totals[1]) * shrink[1]
+        new_k, new_v = (
+            plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)
+        )
+        o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
+        softmax = rounded((o + out(Q) * across(shrink[1])) * across(1.0 / total))
+        linear = rounded(out(2 * Q) + out(call.columns))
+        result = None
+        for x, scale in zip((softmax, linear), scales, strict=True):
+            inverse = jax.lax.rsqrt((x * x).sum(axis=1) / HEAD_DIM + self.plan.epsilon)
+            y = x * across(inverse) * scale
+            result = y if result is None else result + y
+        self.found.at[b, h][...] = result.astype(jnp.bfloat16)
+        for kept, row in ((self.k, new_k), (self.v, new_v)):
+            kept.at[b, h, self.counts[b, 0]][...] = row
+        plgpu.barrier_arrive(self.new_empty.at[slot])

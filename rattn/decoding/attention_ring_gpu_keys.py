@@ -1,0 +1,180 @@
+"""The warpgroups of `attention_ring_gpu` that make weights of keys."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rattn.decoding import mosaic_gpu
+from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, TILE
+from rattn.decoding.attention_ring_gpu_warpgroup import LOG2_E, WGMMA, Warpgroup, rounded
+
+COLUMNS_OF_WGMMA = WGMMA.reduce(0)
+# Of no key.
+LEAST = -1e30
+
+
+class Keys(Warpgroup):
+    """A warpgroup that takes every other tile of keys."""
+
+    def __init__(self, taker: int, *args: Any):
+        """Takes the warpgroup's number among those that take keys, and what `Warpgroup` does."""
+        super().__init__(*args)
+        self.taker = taker
+
+    def run(self) -> None:
+        """Makes weights of the keys, of both branches."""
+        table = [plgpu.load(self.turns.at[n], layout=WGMMA, optimized=False) for n in range(4)]
+        self.for_heads(functools.partial(self.weigh, table))
+
+    def weigh(self, table, i, b, h):
+        """Writes the weights of a head's keys, their maximum and sums."""
+        call, plan = self.call, self.plan
+        tiles = call.key_tiles[self.taker]
+        newest, known, unfolded = (self.counts[b, n] for n in range(3))
+        reach = jnp.minimum(plan.window, known)
+        self.turn_queries(i)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(self.phi_full)
+        mosaic_gpu.wait_if(i > 0, self.weights_empty)
+        shape = TILE, 2 * call.Q
+        row, column = (plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, dim), WGMMA) for dim in (0, 1))
+        # How old a key in slot 0 would be, were it of this round or of the one before.
+        begin = newest + jnp.where(column >= call.Q, call.S, 0) - row
+        scores = []
+        for t in tiles:
+            _, slot = self.key_slot(i, t)
+            plgpu.barrier_wait(self.keys_full.at[slot])
+            halves = [self.keys.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
+            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
+            found = self.products(table, keys, t)
+            ages = begin - t * TILE
+            visible = (ages > 0) & (ages < reach)
+            if (t + 1) * TILE > call.S:
+                visible = visible & (row < call.S - t * TILE)
+            scores.append(jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST))
+            self.weigh_waiting(keys, t, newest, known, unfolded)
+            plgpu.barrier_arrive(self.keys_empty.at[slot])
+        plgpu.barrier_arrive(self.phi_empty)
+        most, new = self.most_of(scores)
+        total = None
+        for t, score in zip(tiles, scores, strict=True):
+            weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, shape, [1]))
+            total = weights if total is None else total + weights
+            self.store_weights(0, 2 * call.Q, t, weights)
+        mosaic_gpu.store_of_warps("add", total, self.totals.at[pl.ds(4 * self.taker, 4)], plan.interpret)
+        if self.taker == 0:
+            self.most[...] = most
+            self.weight[...] = jnp.exp2(new - most)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.weights_full)
+
+    def most_of(self, scores):
+        """Returns the largest score of all tiles and the new key, and the new key's, [2 Q]."""
+        most = functools.reduce(jnp.maximum, scores)
+        mosaic_gpu.store_of_warps("max", most, self.maxima.at[pl.ds(4 * self.taker, 4)], self.plan.interpret)
+        plgpu.barrier_arrive(self.maxima_full)
+        plgpu.barrier_wait(self.maxima_full)
+        rows = [self.score.at[self.taker], *(self.maxima.at[n] for n in range(4 * KEY_WARPGROUPS))]
+        new, *others = [plgpu.load(row, layout=COLUMNS_OF_WGMMA, optimized=False) for row in rows]
+        return functools.reduce(jnp.maximum, others, new), new
+
+    def store_weights(self, first, columns, t, weights):
+        """Stores a tile's weights [TILE, columns]."""
+        place = self.weights.at[pl.ds(first, columns), pl.ds(t * TILE, TILE)].transpose((1, 0))
+        place[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+
+    def turn_queries(self, i):
+        """Norms and turns the new queries for the warpgroup's tiles, and writes the new key's score."""
+        call = self.call
+        Q, rows = call.Q, 2 * call.Q
+        layout = mosaic_gpu.rows_layout(rows, HALF)
+        halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
+        # On their way before the queries are there.
+        places = {t: pl.ds(t * rows, rows) for t in call.key_tiles[self.taker]}
+        angles = {
+            t: [plgpu.load(x.at[place], layout=layout, optimized=False) for x in (self.sin, self.cos)]
+            for t, place in places.items()
+        }
+
+        def across(ref):
+            """Loads [HALF] numbers for every row."""
+            x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, HALF), [1]), layout)
+
+        scales = (
+            [[across(scale.at[half]) for half in halves] for scale in (self.q_scale, self.k_scale)]
+            if self.plan.normed
+            else None
+        )
+        slot = jax.lax.rem(i, jnp.int32(2))
+        plgpu.barrier_wait(self.new_full.at[slot])
+
+        def normed(x, which):
+            if not self.plan.normed:
+                return x
+            square = (x[0] * x[0] + x[1] * x[1]).sum(axis=1)
+            inverse = jax.lax.rsqrt(square / HEAD_DIM + self.plan.epsilon)
+            inverse = plgpu.layout_cast(jax.lax.broadcast_in_dim(inverse, (rows, HALF), [0]), layout)
+            return [rounded(y * inverse * scale) for y, scale in zip(x, scales[which], strict=True)]
+
+        q = [plgpu.load(self.new.at[slot, pl.ds(0, rows), half], layout=layout, optimized=False) for half in halves]
+        a, b = q = normed([x.astype(jnp.float32) for x in q], 0)
+        k = normed([across(self.new.at[slot, 2 * Q, half]) for half in halves], 1)
+        plgpu.barrier_arrive(self.new_empty.at[slot])
+        for t, (sin, cos) in angles.items():
+            for half, x in zip(halves, (a * cos - b * sin, b * cos + a * sin), strict=True):
+                self.queries.at[places[t], half][...] = x.astype(jnp.bfloat16)
+        score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True)) * (HEAD_DIM**-0.5 * LOG2_E)
+        row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows, HALF), 0), layout).max(axis=1)
+        self.score.at[self.taker][...] = jnp.where(row < Q, score, LEAST)
+
+    def products(self, table, keys, t):
+        """Returns the products [TILE, 2 Q] of a tile's keys, normed and turned, and its queries.
+
+        Squares are rounded to bfloat16, which their sum does not notice, and added up by a product, whose result lies
+        as the scores do.
+        """
+        columns = 2 * self.call.Q
+        (ka, kb), (aa, ab, bb, ba) = keys, table
+        queries = self.queries.at[pl.ds(t * columns, columns)]
+        queries = [queries.at[:, pl.ds(n * HALF, HALF)] for n in (0, 1)]
+        found = self.multiply([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)
+        if not self.plan.normed:
+            return found
+        squares = self.multiply([ka * ka + kb * kb], [self.ones], columns)
+        return found * jax.lax.rsqrt(squares / HEAD_DIM + self.plan.epsilon)
+
+    def weigh_waiting(self, keys, t, newest, known, unfolded):
+        """Writes the linear branch's weights of a tile's keys: zero but for those that wait for the fold."""
+        call, W = self.call, self.plan.window
+        last, shape = newest - W, (TILE, LINEAR)
+        first = last - unfolded + 1
+        begin, end = t * TILE, (t + 1) * TILE - 1
+        some = ((first <= end) & (last >= begin)) | ((first + call.S <= end) & (last + call.S >= begin))
+
+        @pl.when(some)
+        def _():
+            row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, 0), WGMMA) + begin
+            ages = jnp.where(row <= newest, newest - row, newest - row + call.S)
+            waits = (ages >= W) & (ages < W + unfolded) & (ages < known) & (row < call.S)
+            x, found = [half.astype(jnp.float32) for half in keys], None
+            highest = jnp.maximum(*(half.max(axis=1) for half in x))
+            lowest = jnp.minimum(*(half.min(axis=1) for half in x))
+            for n, (scale, most) in enumerate(((LOG2_E, highest), (-LOG2_E, lowest))):
+                most = jax.lax.broadcast_in_dim(most * scale, x[0].shape, [0])
+                powers = [jnp.exp2(half * scale - most) for half in x]
+                inverse = 1.0 / sum(half.sum(axis=1) for half in powers)
+                phi = [self.phi.at[:, pl.ds(n * HEAD_DIM + m * HALF, HALF)] for m in (0, 1)]
+                product = self.multiply([half.astype(jnp.bfloat16) for half in powers], phi, LINEAR)
+                product = product * jax.lax.broadcast_in_dim(inverse, product.shape, [0])
+                found = product if found is None else found + product
+            self.store_weights(2 * call.Q, LINEAR, t, jnp.where(waits, found, 0.0))
+
+        @pl.when(jnp.logical_not(some))
+        def _():
+            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+            self.store_weights(2 * call.Q, LINEAR, t, zeros)

@@ -1,0 +1,163 @@
+"""What the warpgroups of `attention_ring_gpu` share, and the one that copies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
+from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE, Call
+
+WGMMA = plgpu.Layout.WGMMA
+LOG2_E = 1.4426950408889634
+
+
+def shared_memory(call: Call) -> dict[str, Any]:
+    """Types of a program's shared memory, by the names of `Warpgroup`."""
+    bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
+    halves = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+    Q = call.Q
+    return {
+        "keys": plgpu.SMEM((KEY_WARPGROUPS * call.key_slots, TILE, HEAD_DIM), bf16, transforms=tiled),
+        "others": plgpu.RefUnion(
+            plgpu.SMEM((call.other_slots, TILE, HEAD_DIM), bf16, transforms=tiled),
+            plgpu.SMEM((call.other_slots, TILE, HALF), jnp.float32, transforms=halves),
+        ),
+        "new": plgpu.SMEM((2, 2 * Q + 2, HEAD_DIM), bf16),
+        "queries": plgpu.SMEM((call.tiles * 2 * Q, HEAD_DIM), bf16, transforms=tiled),
+        "ones": plgpu.SMEM((2 * Q, TILE), bf16, transforms=tiled),
+        "phi": plgpu.SMEM((LINEAR, 2 * HEAD_DIM), bf16, transforms=tiled),
+        "weights": plgpu.SMEM((call.columns, call.tiles * TILE), bf16, transforms=tiled),
+        "out": plgpu.SMEM((call.columns + LINEAR, HEAD_DIM), jnp.float32),
+        "score": plgpu.SMEM((KEY_WARPGROUPS, 2 * Q), jnp.float32),
+        "maxima": plgpu.SMEM((KEY_WARPGROUPS * 4, 2 * Q), jnp.float32),
+        "totals": plgpu.SMEM((KEY_WARPGROUPS * 4, 2 * Q), jnp.float32),
+        "most": plgpu.SMEM((2 * Q,), jnp.float32),
+        "weight": plgpu.SMEM((2 * Q,), jnp.float32),
+        "keys_full": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.key_slots),
+        "keys_empty": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.key_slots),
+        "others_full": plgpu.Barrier(num_barriers=call.other_slots),
+        "others_empty": plgpu.Barrier(num_barriers=call.other_slots),
+        "new_full": plgpu.Barrier(num_arrivals=3, num_barriers=2),
+        "new_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS + 1, num_barriers=2),
+        "phi_full": plgpu.Barrier(),
+        "phi_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
+        "maxima_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
+        "weights_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
+        "weights_empty": plgpu.Barrier(),
+    }
+
+
+class Warpgroup:
+    """One warpgroup of a program, with the arrays of device memory and what is in shared memory."""
+
+    def __init__(self, call: Call, plan: Any, arrays: dict[str, Any], shared: dict[str, Any]):
+        self.call, self.plan = call, plan
+        for name, ref in (arrays | shared).items():
+            setattr(self, name, ref)
+        self.values, self.states = self.others
+        self.number = jax.lax.axis_index("program")
+
+    def head(self, i):
+        """Returns the sequence and the key/value head that the program takes as number i."""
+        head = self.number + i * attention_ring_gpu_plan.PROGRAMS
+        return jax.lax.div(head, jnp.int32(self.call.K)), jax.lax.rem(head, jnp.int32(self.call.K))
+
+    def for_heads(self, work: Callable[..., None]) -> None:
+        """Does work(i, sequence, head) for all heads of the program."""
+        heads, programs = self.call.B * self.call.K, attention_ring_gpu_plan.PROGRAMS
+        if heads <= programs:
+            work(jnp.int32(0), *self.head(jnp.int32(0)))
+            return
+
+        def body(i, _):
+            work(i, *self.head(i))
+            return ()
+
+        jax.lax.fori_loop(0, jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs)), body, ())
+
+    def key_slot(self, i, t):
+        """Returns how many tiles its warpgroup took before tile t of head i, and the slot of the tile."""
+        number, n = t % KEY_WARPGROUPS, t // KEY_WARPGROUPS
+        count = i * len(self.call.key_tiles[number]) + n
+        return count, number * self.call.key_slots + jax.lax.rem(count, jnp.int32(self.call.key_slots))
+
+    def other_slot(self, i, n):
+        """Returns how many tiles of state and values were before tile n of head i, and the slot of the tile."""
+        count = i * (STATE_TILES + self.call.tiles) + n
+        return count, jax.lax.rem(count, jnp.int32(self.call.other_slots))
+
+    def multiply(self, x, others, columns):
+        """Returns Σ x · otherᵀ, float32 [TILE, columns], of registers and shared memory."""
+        if self.plan.interpret:  # Its products read both from shared memory.
+            return sum(
+                jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32).T) for a, b in zip(x, others, strict=True)
+            )
+
+        def scope(sums):
+            for a, b in zip(x, others, strict=True):
+                plgpu.wgmma(sums, a, b.transpose((1, 0)))
+            plgpu.wgmma_wait(0)
+            return sums[...]
+
+        return pl.run_scoped(scope, plgpu.ACC((TILE, columns), jnp.float32))
+
+
+class Copies(Warpgroup):
+    """The warpgroup that copies."""
+
+    def run(self) -> None:
+        """Copies what all heads need, as soon as there is room; what is new, when it is written."""
+        wait = (lambda: None) if self.plan.interpret else plgpu.griddepcontrol_wait
+        if not self.plan.interpret:
+            plgpu.griddepcontrol_launch_dependents()
+
+        def of_head(i, b, h):
+            for item in self.call.early:
+                self.copy_tile(i, b, h, *item)
+            pl.when(i == 0)(wait)
+            self.copy_new(i, b, h)
+            for item in self.call.late:
+                self.copy_tile(i, b, h, *item)
+
+        self.for_heads(of_head)
+
+    def copy_tile(self, i, b, h, kind, number):
+        """Copies tile `number` of keys, state or values."""
+        # What is past the ring's end reads as zeros; a slice that is known to pass it would be refused.
+        rows = pl.ds(number * TILE + 0 * i, TILE)
+        if kind == "k":
+            count, slot = self.key_slot(i, number)
+            mosaic_gpu.wait_if(count >= self.call.key_slots, self.keys_empty.at[slot])
+            plgpu.copy_gmem_to_smem(self.k.at[b, h, rows], self.keys.at[slot], self.keys_full.at[slot])
+            return
+        count, slot = self.other_slot(i, number if kind == "s" else STATE_TILES + number)
+        mosaic_gpu.wait_if(count >= self.call.other_slots, self.others_empty.at[slot])
+        if kind == "v":
+            source, ring = self.v.at[b, h, rows], self.values
+        else:
+            half, first = divmod(number, STATE_TILES // 2)
+            source = self.state.at[b, h, pl.ds(first * TILE, TILE), pl.ds(half * HALF, HALF)]
+            ring = self.states
+        plgpu.copy_gmem_to_smem(source, ring.at[slot], self.others_full.at[slot])
+
+    def copy_new(self, i, b, h):
+        """Copies the new queries, twice, and the new key and value."""
+        call = self.call
+        Q, G = call.Q, call.G
+        slot = jax.lax.rem(i, jnp.int32(2))
+        mosaic_gpu.wait_if(i >= 2, self.new_empty.at[slot])
+        for first, source, count in ((0, 0, G), (Q, 0, G), (2 * Q, G, 2)):
+            plgpu.copy_gmem_to_smem(
+                self.qkv.at[b, h, pl.ds(source, count)],
+                self.new.at[slot, pl.ds(first, count)],
+                self.new_full.at[slot],
+            )
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Rounds float32 numbers to bfloat16."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
