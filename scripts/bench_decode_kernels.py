@@ -4,12 +4,12 @@
     python -m scripts.bench_decode_kernels --attention local:32 --tilings 32:2:3:512 64:4:2:256 --products
     python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:4 112:3
 
-Attention is kind:batch, or kind:batch:context for layers that see everything; products are those between two layers'
-attention, kind:rows. A tiling is slots:warps:stages:programs[:registers[:least]] of
-`rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of `rattn.decoding.products_persistent_gpu`: shared memory for
-rows, and LATE. A time is that of one kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds,
-the median of some twenty with the extremes, without the gap before it; it counts from the end of the kernel before,
-where that one let it in early.
+Attention is kind:batch, of a local layer by `attention_gpu` ("local") or by `attention_ring_gpu` ("ring"), or
+full:batch:context; products are those between two layers' attention, kind:rows. A tiling is
+slots:warps:stages:programs[:least] of `rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of
+`rattn.decoding.products_persistent_gpu`: shared memory for rows, and LATE. A time is that of one kernel, or of the four
+of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the gap
+before it; it counts from the end of the kernel before, where that one let it in early.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def arguments():
         "--tilings",
         nargs="*",
         default=[],
-        help="slots:warps:stages:programs[:registers[:least]], beside the one in use",
+        help="slots:warps:stages:programs[:least], beside the one in use",
     )
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of pallas_gpu_persistent products")
@@ -150,23 +150,6 @@ def attention_case(model, text, args):
 
     def run(own, shared):
         ones, scale, rotation = jnp.ones((K, G, H), jnp.float32), jnp.ones(H, jnp.float32), None
-        if kind == "ring":
-            newest = jnp.int32(known - 1)
-            o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
-                attention_ring_gpu.Plan(layer.window, layer.norm_epsilon, layer.qk_norm),
-                shared["qkv_BKAH"],
-                own["k_BKSH"],
-                own["v_BKSH"],
-                own["state_BKPH"],
-                newest,
-                jnp.full(B, known, jnp.int32),
-                jnp.int32(C // 2),
-                attention_ring_gpu.angles(newest, S, G, H, layer.rope_theta),
-                attention_ring_gpu.turns(H, layer.rope_theta, scale, jnp.bfloat16),
-                (scale, scale),
-                (ones, ones),
-            )
-            return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
         if layer.rope_theta is not None and layer.has_linear:
             rotation = attention_gpu.ring_rotation(S, H, layer.rope_theta, scale, jnp.bfloat16)
         elif layer.rope_theta is not None:
@@ -187,12 +170,30 @@ def attention_case(model, text, args):
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 
+    def run_ring(own, shared):
+        ones, scale, newest = jnp.ones((K, G, H), jnp.float32), jnp.ones(H, jnp.float32), jnp.int32(known - 1)
+        o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
+            attention_ring_gpu.Plan(layer.window, layer.norm_epsilon, layer.qk_norm),
+            shared["qkv_BKAH"],
+            own["k_BKSH"],
+            own["v_BKSH"],
+            own["state_BKPH"],
+            newest,
+            jnp.full(B, known, jnp.int32),
+            jnp.int32(C // 2),
+            attention_ring_gpu.angles(newest, S, G, H, layer.rope_theta),
+            attention_ring_gpu.turns(H, layer.rope_theta, scale, jnp.bfloat16),
+            (scale, scale),
+            (ones, ones),
+        )
+        return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+
     variants = {"in use": (attention_gpu, {})}
-    for tiling in args.tilings:
+    for tiling in args.tilings if kind != "ring" else ():
         value = attention_gpu.Tiling(*map(int, tiling.split(":")))
         variants[tiling] = attention_gpu, {"TILING": value, "FULL_TILING": value}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
-    return Case(text, size, (own, shared), run, variants)
+    return Case(text, size, (own, shared), run_ring if kind == "ring" else run, variants)
 
 
 def products_case(model, text, rings=()):

@@ -26,7 +26,6 @@ from jax.experimental.pallas import triton as plgpu
 from rattn.decoding.attention_gpu_linear import linear_branch
 from rattn.decoding.attention_gpu_program import LEAST, MOST_QUERIES, Program
 from rattn.decoding.attention_gpu_softmax import softmax_branch
-from rattn.decoding.triton_gpu import limit_registers
 from rattn.model.layers import rope_angles
 
 # Parts of a head at most, which one program adds up; how many at a time.
@@ -42,7 +41,6 @@ class Tiling:
       warps: of a program, for every 128 dims of a head.
       stages: of its pipeline.
       programs: that fill a GPU.
-      registers: of a thread at most, so that more programs share a multiprocessor; 0: as many as the compiler likes.
       least: slots that are worth a program.
     """
 
@@ -50,7 +48,6 @@ class Tiling:
     warps: int
     stages: int
     programs: int
-    registers: int = 0
     least: int = 128
 
 
@@ -178,8 +175,6 @@ def attend(
 
 def _kernel(plan, tiling, names, parts, *refs):
     refs = dict(zip(names, refs, strict=True))
-    if tiling.registers:
-        limit_registers(tiling.registers, plan.interpret)
     program = Program(plan, refs, parts, tiling.slots)
 
     def read_keys():

@@ -3,9 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import core
-from jax._src.lib.mlir import ir
-from jax._src.pallas.triton import lowering, primitives
 from jax.experimental.pallas import triton as plgpu
 
 from kernels_pallas import devices
@@ -31,39 +28,6 @@ def let_next_begin(x: jax.Array, interpret: bool) -> jax.Array:
         result_shape_dtypes=[like],
     )
     return jnp.max(x)
-
-
-def limit_registers(count: int, interpret: bool) -> None:
-    """Has the compiler make do with so many registers a thread, so that more programs share a multiprocessor.
-
-    Pallas has no parameter for it; Triton takes it from an attribute of the kernel's module.
-
-    Args:
-      count: of registers, a multiple of eight.
-      interpret: run on a CPU, where there are none.
-    """
-    if not interpret:
-        _limit_registers.bind(count=count)
-
-
-_limit_registers = core.Primitive("limit_registers")
-_limit_registers.multiple_results = True
-
-
-@_limit_registers.def_effectful_abstract_eval
-def _limit_registers_abstract(*, count):
-    del count
-    return (), {primitives.barrier_effect}  # So that it is not taken for dead code.
-
-
-@lowering.register_lowering(_limit_registers)
-def _limit_registers_lowering(context, *, count):
-    del context
-    module = ir.InsertionPoint.current.block.owner
-    while module.parent is not None:
-        module = module.parent
-    module.operation.attributes["ttg.maxnreg"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
-    return []
 
 
 def cells(rows: jax.Array, valid: jax.Array, past: int, columns: jax.Array) -> tuple[tuple, jax.Array]:

@@ -51,8 +51,8 @@ def test_kernels_of_a_trace(tmp_path):
 def test_cases_lower_with_their_variants(monkeypatch):
     monkeypatch.setattr(bench_decode_kernels, "COLD_BYTES", 1)
     model = validate(load_config("configs/rattn_3b.py")).model
-    args = argparse.Namespace(tilings=["64:4:2:256", "32:2:2:768:168:64"])
-    cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "full:4:256")]
+    args = argparse.Namespace(tilings=["64:4:2:256", "32:2:2:768:64"])
+    cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "ring:32", "full:4:256")]
     products = ("pallas_gpu:32", "pallas_gpu_persistent:32")
     cases += [bench_decode_kernels.products_case(model, text, rings=["80:0", "112:8"]) for text in products]
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
@@ -75,9 +75,9 @@ def test_constants_are_set_for_a_while():
     def values():
         return attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, attention_gpu.TILING
 
-    before, text = values(), "attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3,attention_gpu.TILING=16:1:4:256:168"
+    before, text = values(), "attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3,attention_gpu.TILING=16:1:4:256:64"
     with constants_set(text, "rattn.decoding"):
-        assert values() == (7, 3, attention_gpu.Tiling(16, 1, 4, 256, registers=168))
+        assert values() == (7, 3, attention_gpu.Tiling(16, 1, 4, 256, least=64))
     assert before == values()
     with (
         pytest.raises(AttributeError, match="MOST_PARTZ"),
