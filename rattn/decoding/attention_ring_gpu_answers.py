@@ -26,9 +26,9 @@ class Answers(Warpgroup):
         ]
         self.store_phi(i)
         for half in range(2):
-            self.store_out(call.columns, half * HALF, self.read_state(i, half))
+            self.store_out(call.columns, half * HALF, self.read_state(half))
         plgpu.barrier_wait(self.weights_full)
-        self.store_out(0, 0, self.read_values(i))
+        self.store_out(0, 0, self.read_values())
         plgpu.commit_smem()
         self.finish(i, b, h, layout, scales)
         plgpu.barrier_arrive(self.weights_empty)
@@ -58,11 +58,11 @@ class Answers(Warpgroup):
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.phi_full)
 
-    def read_state(self, i, half):
+    def read_state(self, half):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
         total, tiles = None, STATE_TILES // 2
         for j in range(tiles):
-            _, slot = self.other_slot(i, half * tiles + j)
+            slot, _ = self.call.other_slot(half * tiles + j)
             plgpu.barrier_wait(self.others_full.at[slot])
             tile = self.states.at[slot].transpose((1, 0))
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
@@ -72,11 +72,11 @@ class Answers(Warpgroup):
             total = found if total is None else total + found
         return total
 
-    def read_values(self, i):
+    def read_values(self):
         """Returns values times weights, float32 [HEAD_DIM, columns]."""
 
         def scope(sums):
-            slots = [self.other_slot(i, STATE_TILES + t)[1] for t in range(self.call.tiles)]
+            slots = [self.call.other_slot(STATE_TILES + t)[0] for t in range(self.call.tiles)]
             for t, slot in enumerate(slots):
                 plgpu.barrier_wait(self.others_full.at[slot])
                 weights = self.weights.at[:, pl.ds(t * TILE, TILE)]

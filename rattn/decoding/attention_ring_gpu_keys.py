@@ -46,7 +46,7 @@ class Keys(Warpgroup):
         begin = newest + jnp.where(column >= call.Q, call.S, 0) - row
         scores = []
         for t in tiles:
-            _, slot = self.key_slot(i, t)
+            slot, _ = call.key_slot(t)
             plgpu.barrier_wait(self.keys_full.at[slot])
             halves = [self.keys.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]

@@ -64,3 +64,12 @@ class Call:
             for of_keys, of_states in (map(slice, first), (slice(n, None) for n in first))
         )
         self.late += [("v", n) for n in range(self.tiles)]
+
+    def key_slot(self, t: int) -> tuple[int, bool]:
+        """Returns the slot that tile t of a head's keys takes, and whether another tile of the head was in it before."""
+        taker, n = t % KEY_WARPGROUPS, t // KEY_WARPGROUPS
+        return taker * self.key_slots + n % self.key_slots, n >= self.key_slots
+
+    def other_slot(self, n: int) -> tuple[int, bool]:
+        """Returns the same of tile n of state and values, those after each other."""
+        return n % self.other_slots, n >= self.other_slots

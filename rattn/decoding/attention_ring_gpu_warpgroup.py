@@ -79,17 +79,6 @@ class Warpgroup:
 
         jax.lax.fori_loop(0, jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs)), body, ())
 
-    def key_slot(self, i, t):
-        """Returns how many tiles its warpgroup took before tile t of head i, and the slot of the tile."""
-        number, n = t % KEY_WARPGROUPS, t // KEY_WARPGROUPS
-        count = i * len(self.call.key_tiles[number]) + n
-        return count, number * self.call.key_slots + jax.lax.rem(count, jnp.int32(self.call.key_slots))
-
-    def other_slot(self, i, n):
-        """Returns how many tiles of state and values were before tile n of head i, and the slot of the tile."""
-        count = i * (STATE_TILES + self.call.tiles) + n
-        return count, jax.lax.rem(count, jnp.int32(self.call.other_slots))
-
     def multiply(self, x, others, columns):
         """Returns Σ x · otherᵀ, float32 [TILE, columns], of registers and shared memory."""
         if self.plan.interpret:  # Its products read both from shared memory.
@@ -128,21 +117,19 @@ class Copies(Warpgroup):
     def copy_tile(self, i, b, h, kind, number):
         """Copies tile `number` of keys, state or values."""
         # What is past the ring's end reads as zeros; a slice that is known to pass it would be refused.
-        rows = pl.ds(number * TILE + 0 * i, TILE)
+        call, rows = self.call, pl.ds(number * TILE + 0 * i, TILE)
         if kind == "k":
-            count, slot = self.key_slot(i, number)
-            mosaic_gpu.wait_if(count >= self.call.key_slots, self.keys_empty.at[slot])
-            plgpu.copy_gmem_to_smem(self.k.at[b, h, rows], self.keys.at[slot], self.keys_full.at[slot])
-            return
-        count, slot = self.other_slot(i, number if kind == "s" else STATE_TILES + number)
-        mosaic_gpu.wait_if(count >= self.call.other_slots, self.others_empty.at[slot])
-        if kind == "v":
-            source, ring = self.v.at[b, h, rows], self.values
+            slot, again = call.key_slot(number)
+            source, ring, full, empty = self.k.at[b, h, rows], self.keys, self.keys_full, self.keys_empty
         else:
+            slot, again = call.other_slot(number if kind == "s" else STATE_TILES + number)
+            source, ring, full, empty = self.v.at[b, h, rows], self.values, self.others_full, self.others_empty
+        if kind == "s":
             half, first = divmod(number, STATE_TILES // 2)
             source = self.state.at[b, h, pl.ds(first * TILE, TILE), pl.ds(half * HALF, HALF)]
             ring = self.states
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], self.others_full.at[slot])
+        mosaic_gpu.wait_if(again | (i > 0), empty.at[slot])
+        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
 
     def copy_new(self, i, b, h):
         """Copies the new queries, twice, and the new key and value."""

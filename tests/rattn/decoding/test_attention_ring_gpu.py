@@ -93,21 +93,27 @@ def assert_the_rings_never_wait_for_themselves(call):
         programs["others"] += [("take", (i, "s", n)) for n in range(STATE_TILES)]
         programs["others"] += [("need", (i, "weights", number)) for number in (0, 1)]
         programs["others"] += [("take", (i, "v", t)) for t in range(call.tiles)] + [("make", (i, "answer"))]
-    room, made = {("k", 0): call.key_slots, ("k", 1): call.key_slots, "others": call.other_slots, "new": 2}, set()
+    used, made, room = set(), set(), {"new": 2}
 
-    def ring(item):
-        return {"k": ("k", item[2] % 2), "new": "new"}.get(item[1], "others")
+    def slot(item):
+        if item[1] == "k":
+            return "k", call.key_slot(item[2])[0]
+        return "others", call.other_slot(item[2] + (STATE_TILES if item[1] == "v" else 0))[0]
 
     def can(act, item):
-        return act == "make" or (room[ring(item)] > 0 if act == "copy" else item in made)
+        if act == "copy":
+            return room["new"] > 0 if item[1] == "new" else slot(item) not in used
+        return act == "make" or item in made
 
     def perform(act, item):
         if act in ("copy", "make"):
             made.add(item)
-        if item[1] == "answer":
-            room["new"] += 1
-        if act in ("copy", "take"):
-            room[ring(item)] += 1 if act == "take" else -1
+        if item[1] in ("new", "answer"):
+            room["new"] += {"copy": -1, "make": 1}.get(act, 0)
+        elif act == "copy":
+            used.add(slot(item))
+        elif act == "take":
+            used.remove(slot(item))
 
     moved = True
     while moved:
