@@ -66,7 +66,7 @@ class Call:
         self.late += [("v", n) for n in range(self.tiles)]
 
     def key_slot(self, t: int) -> tuple[int, bool]:
-        """Returns the slot that tile t of a head's keys takes, and whether another tile of the head was in it before."""
+        """Returns the slot of tile t of a head's keys, and whether another tile of the head was in it before."""
         taker, n = t % KEY_WARPGROUPS, t // KEY_WARPGROUPS
         return taker * self.key_slots + n % self.key_slots, n >= self.key_slots
 
