@@ -52,7 +52,7 @@ def store_of_warps(kind, x, place, interpret):
                 found = operation(found, utils.shfl_bfly(found, lanes))
             address = warp * (4 * columns) + pair * 8 + _Number(at)
             numbers = [llvm.extractelement(found, arith.constant(ir.IntegerType.get_signless(32), n)) for n in (0, 1)]
-            _assembly(f"st.shared.v2.f32 [$0 + {32 * tile}], {{$1, $2}};", "r,f,f", address.value, *numbers)
+            _assembly(f"st.shared.v2.f32 [$0 + {32 * tile}], {{$1, $2}};", "r,f,f,~{memory}", address.value, *numbers)
 
     store(x, place)
 
