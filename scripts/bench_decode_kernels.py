@@ -32,6 +32,7 @@ from rattn.config import load_config, validate
 from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
+    attention_ring_gpu_plan,
     products_gpu,
     products_persistent_gpu,
     products_persistent_plan,
@@ -60,6 +61,7 @@ class Case:
       run: (own, shared) -> results, and own as it goes on.
       variants: {name: what to set in a module while it is traced}.
       kernels: that make one; their times are added up.
+      profiled: modules whose PROFILE and whose SHARED_BYTES a timeline sets, where there are any.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Case:
     run: Callable[[Any, Any], tuple[Any, Any]]
     variants: dict[str, tuple[Any, dict[str, Any]]]
     kernels: int = 1
+    profiled: tuple[Any, Any] | None = None
 
     @property
     def count(self) -> int:
@@ -112,8 +115,8 @@ def main():
                 print(*rows[-1], flush=True)
     print("\n" + table(["kernel", "variant", "µs", "extremes", "TB/s"], rows))
     for case in cases if args.timeline else ():
-        if "persistent" in case.name:
-            print("\n" + timeline(case))
+        if case.profiled:
+            print(f"\n{case.name}, thousands of cycles\n{timeline(case)}")
 
 
 def arguments():
@@ -128,7 +131,7 @@ def arguments():
         help="slots:warps:stages:programs[:least], beside the one in use",
     )
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
-    parser.add_argument("--timeline", action="store_true", help="of the programs of pallas_gpu_persistent products")
+    parser.add_argument("--timeline", action="store_true", help="of the programs of Mosaic GPU's kernels")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
     return parser.parse_args()
 
@@ -193,7 +196,11 @@ def attention_case(model, text, args):
         value = attention_gpu.Tiling(*map(int, tiling.split(":")))
         variants[tiling] = attention_gpu, {"TILING": value, "FULL_TILING": value}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
-    return Case(text, size, (own, shared), run_ring if kind == "ring" else run, variants)
+    if kind == "ring":
+        return Case(
+            text, size, (own, shared), run_ring, variants, profiled=(attention_ring_gpu, attention_ring_gpu_plan)
+        )
+    return Case(text, size, (own, shared), run, variants)
 
 
 def products_case(model, text, rings=()):
@@ -223,7 +230,9 @@ def products_case(model, text, rings=()):
         kib, late = map(int, ring.split(":"))
         variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
-    return Case(text, size, (own, shared), run, variants, kernels=1 if persistent else 4)
+    if persistent:
+        return Case(text, size, (own, shared), run, variants, profiled=(products_persistent_gpu,) * 2)
+    return Case(text, size, (own, shared), run, variants, kernels=4)
 
 
 def draw(shape):
@@ -269,17 +278,22 @@ def times(case, compiled):
 def timeline(case):
     """Runs a case once with Mosaic's profiler; returns the table of its scopes."""
     with tempfile.TemporaryDirectory() as folder:
-        space = {"profile_space": 256, "profile_bounds_check": True, "profile_dir": folder}
-        # The profiler takes shared memory too.
-        with values_set(products_persistent_gpu, {"PROFILE": space, "SHARED_BYTES": 208 * 1024}):
-            jax.clear_caches()
-            compiled = case.traced().lower().compile()
+        compiled = profiled(case, folder).lower().compile()
         own, shared = case.shapes
         arrays = [jax.tree.map(draw, own) for _ in range(case.count)]
         jax.block_until_ready(compiled(arrays, jax.tree.map(draw, shared)))
         jax.effects_barrier()
         newest = max(pathlib.Path(folder).glob("*.json"), key=lambda file: file.stat().st_mtime)
         return timeline_table(json.loads(newest.read_text())["traceEvents"])
+
+
+def profiled(case, folder):
+    """Traces a case with Mosaic's profiler, which takes shared memory too."""
+    space = {"profile_space": 256, "profile_bounds_check": True, "profile_dir": folder}
+    kernel, plan = case.profiled
+    with values_set(kernel, {"PROFILE": space}), values_set(plan, {"SHARED_BYTES": 208 * 1024}):
+        jax.clear_caches()
+        return case.traced()
 
 
 def timeline_table(events):

@@ -45,6 +45,9 @@ from rattn.decoding.cache import CacheLayout
 from rattn.decoding.layers import LayerSpec
 from rattn.model.layers import rope_angles
 
+# Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
+PROFILE = {}
+
 
 def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
     """Returns whether the kernel takes a layer and its cache."""
@@ -164,6 +167,7 @@ def attend(
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            **PROFILE,
         ),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else False,
         name="decode_attention_ring",

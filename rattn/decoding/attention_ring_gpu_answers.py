@@ -24,13 +24,18 @@ class Answers(Warpgroup):
         scales = [
             plgpu.load(scale.at[h], layout=layout, optimized=False) for scale in (self.softmax_scale, self.linear_scale)
         ]
-        self.store_phi(i)
-        for half in range(2):
-            self.store_out(call.columns, half * HALF, self.read_state(half))
-        plgpu.barrier_wait(self.weights_full)
-        self.store_out(0, 0, self.read_values())
+        with jax.named_scope("phi"):
+            self.store_phi(i)
+        with jax.named_scope("state"):
+            for half in range(2):
+                self.store_out(call.columns, half * HALF, self.read_state(half))
+        with jax.named_scope("wait for weights"):
+            plgpu.barrier_wait(self.weights_full)
+        with jax.named_scope("values"):
+            self.store_out(0, 0, self.read_values())
         plgpu.commit_smem()
-        self.finish(i, b, h, layout, scales)
+        with jax.named_scope("finish"):
+            self.finish(i, b, h, layout, scales)
         plgpu.barrier_arrive(self.weights_empty)
 
     def store_phi(self, i):

@@ -36,10 +36,12 @@ class Keys(Warpgroup):
         tiles = call.key_tiles[self.taker]
         newest, known, unfolded = (self.counts[b, n] for n in range(3))
         reach = jnp.minimum(plan.window, known)
-        self.turn_queries(i)
-        plgpu.commit_smem()
-        plgpu.barrier_wait(self.phi_full)
-        mosaic_gpu.wait_if(i > 0, self.weights_empty)
+        with jax.named_scope("turn queries"):
+            self.turn_queries(i)
+            plgpu.commit_smem()
+        with jax.named_scope("wait for others"):
+            plgpu.barrier_wait(self.phi_full)
+            mosaic_gpu.wait_if(i > 0, self.weights_empty)
         shape = TILE, 2 * call.Q
         row, column = (plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, dim), WGMMA) for dim in (0, 1))
         # How old a key in slot 0 would be, were it of this round or of the one before.
@@ -47,30 +49,39 @@ class Keys(Warpgroup):
         scores = []
         for t in tiles:
             slot, _ = call.key_slot(t)
-            plgpu.barrier_wait(self.keys_full.at[slot])
+            with jax.named_scope("wait for keys"):
+                plgpu.barrier_wait(self.keys_full.at[slot])
             halves = [self.keys.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
-            found = self.products(table, keys, t)
-            ages = begin - t * TILE
-            visible = (ages > 0) & (ages < reach)
-            if (t + 1) * TILE > call.S:
-                visible = visible & (row < call.S - t * TILE)
-            scores.append(jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST))
-            self.weigh_waiting(keys, t, newest, known, unfolded)
+            with jax.named_scope("score keys"):
+                found = self.products(table, keys, t)
+                ages = begin - t * TILE
+                visible = (ages > 0) & (ages < reach)
+                if (t + 1) * TILE > call.S:
+                    visible = visible & (row < call.S - t * TILE)
+                scores.append(jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST))
+            with jax.named_scope("weigh waiting"):
+                self.weigh_waiting(keys, t, newest, known, unfolded)
             plgpu.barrier_arrive(self.keys_empty.at[slot])
         plgpu.barrier_arrive(self.phi_empty)
-        most, new = self.most_of(scores)
-        total = None
-        for t, score in zip(tiles, scores, strict=True):
-            weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, shape, [1]))
+        with jax.named_scope("most"):
+            most, new = self.most_of(scores)
+        with jax.named_scope("weigh"):
+            self.store_softmax(scores, most, new)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.weights_full)
+
+    def store_softmax(self, scores, most, new):
+        """Stores e^(score − most) of the warpgroup's tiles, their sums, and the new key's."""
+        call, total = self.call, None
+        for t, score in zip(call.key_tiles[self.taker], scores, strict=True):
+            weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, score.shape, [1]))
             total = weights if total is None else total + weights
             self.store_weights(0, 2 * call.Q, t, weights)
-        mosaic_gpu.store_of_warps("add", total, self.totals.at[pl.ds(4 * self.taker, 4)], plan.interpret)
+        mosaic_gpu.store_of_warps("add", total, self.totals.at[pl.ds(4 * self.taker, 4)], self.plan.interpret)
         if self.taker == 0:
             self.most[...] = most
             self.weight[...] = jnp.exp2(new - most)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.weights_full)
 
     def most_of(self, scores):
         """Returns the largest score of all tiles and the new key, and the new key's, [2 Q]."""

@@ -68,6 +68,9 @@ def test_cases_lower_with_their_variants(monkeypatch):
                 texts.add(case.traced().lower(lowering_platforms=("cuda",)).as_text())
         assert len(texts) == len(case.variants)
         assert all("__gpu$xla.gpu.triton" in text or "mosaic_gpu_v2" in text for text in texts)
+        if case.profiled:
+            traced = str(bench_decode_kernels.profiled(case, "a folder").jaxpr)
+            assert traced.count("profile_space=256") == traced.count("profile_dir='a folder'") > 0
     assert before == attention_gpu.TILING
 
 
