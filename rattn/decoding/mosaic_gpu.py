@@ -1,7 +1,7 @@
-"""What `products_persistent_gpu` needs and Pallas' Mosaic GPU has no word for, in Mosaic's own and in assembly.
+"""What kernels of a step need and Pallas' Mosaic GPU has no word for, in Mosaic's own and in assembly.
 
-Copies to shared memory by threads, which do not stand in the copy engine's line, and counters in device memory, by
-which programs wait for each other.
+Copies to shared memory by threads, which do not stand in the copy engine's line; counters in device memory, by which
+programs wait for each other; a layout of few rows, and what warps find of theirs.
 """
 
 import dataclasses
