@@ -15,6 +15,7 @@ class Answers(Warpgroup):
 
     def run(self) -> None:
         """Makes the result of weights, state and values."""
+        self.wait_for_kernel_before()
         self.for_heads(self.answer)
 
     def answer(self, i, b, h):

@@ -28,6 +28,7 @@ class Keys(Warpgroup):
     def run(self) -> None:
         """Makes weights of the keys, of both branches."""
         table = [plgpu.load(self.turns.at[n], layout=WGMMA, optimized=False) for n in range(4)]
+        self.wait_for_kernel_before()
         self.for_heads(functools.partial(self.weigh, table))
 
     def weigh(self, table, i, b, h):

@@ -79,6 +79,14 @@ class Warpgroup:
 
         jax.lax.fori_loop(0, jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs)), body, ())
 
+    def wait_for_kernel_before(self):
+        """Waits until the kernel before this one is done, and so what it and those before it have written is there.
+
+        Caches may be read before: they are the last step's. So may what is made once for all steps.
+        """
+        if not self.plan.interpret:
+            plgpu.griddepcontrol_wait()
+
     def multiply(self, x, others, columns):
         """Returns Σ x · otherᵀ, float32 [TILE, columns], of registers and shared memory."""
         if self.plan.interpret:  # Its products read both from shared memory.
@@ -100,14 +108,13 @@ class Copies(Warpgroup):
 
     def run(self) -> None:
         """Copies what all heads need, as soon as there is room; what is new, when it is written."""
-        wait = (lambda: None) if self.plan.interpret else plgpu.griddepcontrol_wait
         if not self.plan.interpret:
             plgpu.griddepcontrol_launch_dependents()
 
         def of_head(i, b, h):
             for item in self.call.early:
                 self.copy_tile(i, b, h, *item)
-            pl.when(i == 0)(wait)
+            pl.when(i == 0)(self.wait_for_kernel_before)
             self.copy_new(i, b, h)
             for item in self.call.late:
                 self.copy_tile(i, b, h, *item)
