@@ -124,12 +124,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="configs/rattn_3b.py")
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
-    parser.add_argument(
-        "--tilings",
-        nargs="*",
-        default=[],
-        help="slots:warps:stages:programs[:least], beside the one in use",
-    )
+    tiling = "slots:warps:stages:programs[:least], beside the one in use"
+    parser.add_argument("--tilings", nargs="*", default=[], help=tiling)
     parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of Mosaic GPU's kernels")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
@@ -196,11 +192,8 @@ def attention_case(model, text, args):
         value = attention_gpu.Tiling(*map(int, tiling.split(":")))
         variants[tiling] = attention_gpu, {"TILING": value, "FULL_TILING": value}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
-    if kind == "ring":
-        return Case(
-            text, size, (own, shared), run_ring, variants, profiled=(attention_ring_gpu, attention_ring_gpu_plan)
-        )
-    return Case(text, size, (own, shared), run, variants)
+    run, profiled = (run_ring, (attention_ring_gpu, attention_ring_gpu_plan)) if kind == "ring" else (run, None)
+    return Case(text, size, (own, shared), run, variants, profiled=profiled)
 
 
 def products_case(model, text, rings=()):
@@ -230,9 +223,8 @@ def products_case(model, text, rings=()):
         kib, late = map(int, ring.split(":"))
         variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
-    if persistent:
-        return Case(text, size, (own, shared), run, variants, profiled=(products_persistent_gpu,) * 2)
-    return Case(text, size, (own, shared), run, variants, kernels=4)
+    kernels, profiled = (1, (products_persistent_gpu,) * 2) if persistent else (4, None)
+    return Case(text, size, (own, shared), run, variants, kernels, profiled)
 
 
 def draw(shape):
@@ -278,7 +270,7 @@ def times(case, compiled):
 def timeline(case):
     """Runs a case once with Mosaic's profiler; returns the table of its scopes."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = profiled(case, folder).lower().compile()
+        compiled = traced_profiled(case, folder).lower().compile()
         own, shared = case.shapes
         arrays = [jax.tree.map(draw, own) for _ in range(case.count)]
         jax.block_until_ready(compiled(arrays, jax.tree.map(draw, shared)))
@@ -287,7 +279,7 @@ def timeline(case):
         return timeline_table(json.loads(newest.read_text())["traceEvents"])
 
 
-def profiled(case, folder):
+def traced_profiled(case, folder):
     """Traces a case with Mosaic's profiler, which takes shared memory too."""
     space = {"profile_space": 256, "profile_bounds_check": True, "profile_dir": folder}
     kernel, plan = case.profiled

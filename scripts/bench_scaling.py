@@ -134,18 +134,17 @@ def run(rows: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
             file.write(json.dumps({"gpus": point.gpus, "seq": point.seq, **result}) + "\n")
         say(f"{point.point} on {point.gpus}: {result.get('error', 'measured')}")
 
-    def started(*flags: str) -> list[Started]:
+    def started(*, compile_only: bool) -> list[Started]:
         left = [(number, point) for number, point in enumerate(rows) if point not in results]
-        return [start(number, point, args, *flags) for number, point in left]
+        return [start(number, point, args, compile_only) for number, point in left]
 
     say(f"{len(rows)} points compile")
-    compiling = started("--compile_only")
-    for one in compiling:
+    for one in started(compile_only=True):
         one.process.wait()
         if one.process.returncode:
             keep(one.point, {"error": reason(one.lines())})
     say("compiled")
-    waiting, running = started("--turn"), []
+    waiting, running = started(compile_only=False), []
     while not all(one.is_ready() for one in waiting):
         time.sleep(0.1)
     say("ready to train")
@@ -164,7 +163,7 @@ def run(rows: list[Point], args: argparse.Namespace) -> dict[Point, dict]:
     return results
 
 
-def start(number: int, point: Point, args: argparse.Namespace, flag: str) -> Started:
+def start(number: int, point: Point, args: argparse.Namespace, compile_only: bool) -> Started:
     """Starts a point's process on GPUs that differ from point to point, and are in another order where it takes all."""
     first = number if point.gpus == args.gpus else number * point.gpus
     gpus = [(first + i) % args.gpus for i in range(point.gpus)]
@@ -175,10 +174,11 @@ def start(number: int, point: Point, args: argparse.Namespace, flag: str) -> Sta
     output = args.out / f"{point.name}.txt"
     for suffix in (".compiled", ".go"):
         output.with_suffix(suffix).unlink(missing_ok=True)
-    flags = [flag] if flag == "--compile_only" else [flag, str(output.with_suffix(""))]
-    command = [*point.command(args), *flags]
+    flags = ["--compile_only"] if compile_only else ["--turn", str(output.with_suffix(""))]
     with output.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*point.command(args), *flags], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     return Started(point, gpus, process, output)
 
 

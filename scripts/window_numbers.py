@@ -42,13 +42,11 @@ def main() -> None:
     parser.add_argument("--contexts", action="store_true", help="loss by tokens of context, instead")
     args = parser.parse_args()
     results = Results(args.workdir)
+    asked = [lay for lay, wanted in ((by_distance, args.distances), (by_context, args.contexts)) if wanted]
+    if asked:
+        print("\n".join(lay(group) for group in grouped(results.all()) for lay in asked))
+        return
     for group in grouped(results.all()):
-        if args.distances:
-            print(by_distance(group))
-        if args.contexts:
-            print(by_context(group))
-        if args.distances or args.contexts:
-            continue
         curves = {run.identity: training_losses(results.point_folder(run.result["name"])) for run in group.runs}
         print(f"{group.name}\n{'':26}recall    rest  inside         beyond         trained  step")
         for run in group.runs:
@@ -56,8 +54,7 @@ def main() -> None:
         learned = [run for run in group.runs if run.mixer != "linear"]
         both = correlation([loss(run) for run in learned], [recall_loss(run) for run in learned])
         print(f"loss and recall loss of all but linear: correlation {both:.3f}\n")
-    if not (args.distances or args.contexts):
-        print(unevaluated(results))
+    print(unevaluated(results))
 
 
 def by_distance(group: Group) -> str:

@@ -74,9 +74,16 @@ def ring_rotation(slots: int, head_dim: int, theta: float, k_scale_H: jax.Array 
     """Returns the rotation of a ring of so many slots, the same in all calls."""
     tile = TILING.slots
     sin, cos = rope_angles(jnp.arange(slots + tile), head_dim, theta)
+    return Rotation(sin, cos, key_turns(sin[:tile], cos[:tile], k_scale_H, dtype))
+
+
+def key_turns(sin_TR: jax.Array, cos_TR: jax.Array, k_scale_H: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Returns what scales keys and rotates them by their place in their tile, [4, T, H/2]: aa, ab, bb, ba.
+
+    Of halves a and b of a key a · aa + b · ab and b · bb + a · ba are made.
+    """
     a, b = (1.0, 1.0) if k_scale_H is None else jnp.split(k_scale_H[None], 2, axis=1)
-    turns_4TR = jnp.stack([cos[:tile] * a, -sin[:tile] * b, cos[:tile] * b, sin[:tile] * a])
-    return Rotation(sin, cos, turns_4TR.astype(dtype))
+    return jnp.stack([cos_TR * a, -sin_TR * b, cos_TR * b, sin_TR * a]).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

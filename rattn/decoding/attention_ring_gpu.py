@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import attention_ring_gpu_plan
+from rattn.decoding.attention_gpu import key_turns
 from rattn.decoding.attention_ring_gpu_answers import Answers
 from rattn.decoding.attention_ring_gpu_keys import Keys
 from rattn.decoding.attention_ring_gpu_plan import (
@@ -87,9 +88,7 @@ class Plan:
 
 def turns(head_dim: int, theta: float | None, k_scale_H: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """Returns what scales keys and turns them by their place in their tile, [4, TILE, H/2], the same in all calls."""
-    sin, cos = _angles(jnp.arange(TILE), head_dim, theta)
-    a, b = (1.0, 1.0) if k_scale_H is None else jnp.split(k_scale_H[None], 2, axis=1)
-    return jnp.stack([cos * a, -sin * b, cos * b, sin * a]).astype(dtype)
+    return key_turns(*_angles(jnp.arange(TILE), head_dim, theta), k_scale_H, dtype)
 
 
 def angles(

@@ -7,7 +7,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import LOG2_E, WGMMA, Warpgroup, rounded
+from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
+from rattn.decoding.triton_gpu import LOG2_E
 
 
 class Answers(Warpgroup):

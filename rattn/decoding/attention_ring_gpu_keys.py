@@ -9,12 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
+from rattn.decoding.attention_gpu_program import LEAST
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import LOG2_E, WGMMA, Warpgroup, rounded
+from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
+from rattn.decoding.triton_gpu import LOG2_E
 
 COLUMNS_OF_WGMMA = WGMMA.reduce(0)
-# Of no key.
-LEAST = -1e30
 
 
 class Keys(Warpgroup):

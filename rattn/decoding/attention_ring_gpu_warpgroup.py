@@ -12,7 +12,6 @@ from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE, Call
 
 WGMMA = plgpu.Layout.WGMMA
-LOG2_E = 1.4426950408889634
 
 
 def shared_memory(call: Call) -> dict[str, Any]:

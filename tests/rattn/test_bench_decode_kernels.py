@@ -69,7 +69,7 @@ def test_cases_lower_with_their_variants(monkeypatch):
         assert len(texts) == len(case.variants)
         assert all("__gpu$xla.gpu.triton" in text or "mosaic_gpu_v2" in text for text in texts)
         if case.profiled:
-            traced = str(bench_decode_kernels.profiled(case, "a folder").jaxpr)
+            traced = str(bench_decode_kernels.traced_profiled(case, "a folder").jaxpr)
             assert traced.count("profile_space=256") == traced.count("profile_dir='a folder'") > 0
     assert before == attention_gpu.TILING
 
