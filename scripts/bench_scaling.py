@@ -169,8 +169,9 @@ def start(number: int, point: Point, args: argparse.Namespace, compile_only: boo
     gpus = [(first + i) % args.gpus for i in range(point.gpus)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
-    # Those that wait leave the memory to those that train.
+    # Those that wait leave the memory to those that train, all that there is.
     environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     output = args.out / f"{point.name}.txt"
     for suffix in (".compiled", ".go"):
         output.with_suffix(suffix).unlink(missing_ok=True)
