@@ -69,12 +69,12 @@ class Answers(Warpgroup):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
         total, tiles = None, STATE_TILES // 2
         for j in range(tiles):
-            slot, _ = self.call.other_slot(half * tiles + j)
-            plgpu.barrier_wait(self.others_full.at[slot])
+            number, slot = self.call.place("s", half * tiles + j)
+            plgpu.barrier_wait(self.full.at[number])
             tile = self.states.at[slot].transpose((1, 0))
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
             x = plgpu.layout_cast(x.astype(jnp.bfloat16), WGMMA)
-            plgpu.barrier_arrive(self.others_empty.at[slot])
+            plgpu.barrier_arrive(self.empty.at[number])
             found = self.multiply([x], [self.phi.at[:, pl.ds(j * TILE, TILE)]], LINEAR)
             total = found if total is None else total + found
         return total
@@ -83,16 +83,16 @@ class Answers(Warpgroup):
         """Returns values times weights, float32 [HEAD_DIM, columns]."""
 
         def scope(sums):
-            slots = [self.call.other_slot(STATE_TILES + t)[0] for t in range(self.call.tiles)]
-            for t, slot in enumerate(slots):
-                plgpu.barrier_wait(self.others_full.at[slot])
+            for t in range(self.call.tiles):
+                number, slot = self.call.place("v", t)
+                plgpu.barrier_wait(self.full.at[number])
                 weights = self.weights.at[:, pl.ds(t * TILE, TILE)]
-                plgpu.wgmma(sums, self.values.at[slot].transpose((1, 0)), weights.transpose((1, 0)))
+                plgpu.wgmma(sums, self.rows.at[slot].transpose((1, 0)), weights.transpose((1, 0)))
                 if t:
                     plgpu.wgmma_wait(1)  # All before this tile are done.
-                    plgpu.barrier_arrive(self.others_empty.at[slots[t - 1]])
+                    plgpu.barrier_arrive(self.empty.at[number - 1])
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(self.others_empty.at[slots[-1]])
+            plgpu.barrier_arrive(self.empty.at[number])
             return sums[...]
 
         return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, self.call.columns), jnp.float32))

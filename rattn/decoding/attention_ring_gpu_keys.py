@@ -49,11 +49,12 @@ class Keys(Warpgroup):
         begin = newest + jnp.where(column >= call.Q, call.S, 0) - row
         scores = []
         for t in tiles:
-            slot, _ = call.key_slot(t)
+            number, slot = call.place("k", t)
             with jax.named_scope("wait for keys"):
-                plgpu.barrier_wait(self.keys_full.at[slot])
-            halves = [self.keys.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
+                plgpu.barrier_wait(self.full.at[number])
+            halves = [self.rows.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
+            plgpu.barrier_arrive(self.empty.at[number])
             with jax.named_scope("score keys"):
                 found = self.products(table, keys, t)
                 ages = begin - t * TILE
@@ -63,7 +64,6 @@ class Keys(Warpgroup):
                 scores.append(jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST))
             with jax.named_scope("weigh waiting"):
                 self.weigh_waiting(keys, t, newest, known, unfolded)
-            plgpu.barrier_arrive(self.keys_empty.at[slot])
         plgpu.barrier_arrive(self.phi_empty)
         with jax.named_scope("most"):
             most, new = self.most_of(scores)

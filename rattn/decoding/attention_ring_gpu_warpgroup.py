@@ -20,10 +20,9 @@ def shared_memory(call: Call) -> dict[str, Any]:
     halves = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
     Q = call.Q
     return {
-        "keys": plgpu.SMEM((KEY_WARPGROUPS * call.key_slots, TILE, HEAD_DIM), bf16, transforms=tiled),
-        "others": plgpu.RefUnion(
-            plgpu.SMEM((call.other_slots, TILE, HEAD_DIM), bf16, transforms=tiled),
-            plgpu.SMEM((call.other_slots, TILE, HALF), jnp.float32, transforms=halves),
+        "tiles": plgpu.RefUnion(
+            plgpu.SMEM((call.slots, TILE, HEAD_DIM), bf16, transforms=tiled),
+            plgpu.SMEM((call.slots, TILE, HALF), jnp.float32, transforms=halves),
         ),
         "new": plgpu.SMEM((2, 2 * Q + 2, HEAD_DIM), bf16),
         "queries": plgpu.SMEM((call.tiles * 2 * Q, HEAD_DIM), bf16, transforms=tiled),
@@ -36,10 +35,10 @@ def shared_memory(call: Call) -> dict[str, Any]:
         "totals": plgpu.SMEM((KEY_WARPGROUPS * 4, 2 * Q), jnp.float32),
         "most": plgpu.SMEM((2 * Q,), jnp.float32),
         "weight": plgpu.SMEM((2 * Q,), jnp.float32),
-        "keys_full": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.key_slots),
-        "keys_empty": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.key_slots),
-        "others_full": plgpu.Barrier(num_barriers=call.other_slots),
-        "others_empty": plgpu.Barrier(num_barriers=call.other_slots),
+        # Of copies and not of slots, for a barrier has to be waited for every time, and a slot is now one warpgroup's and
+        # now another's.
+        "full": plgpu.Barrier(num_barriers=len(call.copies)),
+        "empty": plgpu.Barrier(num_barriers=len(call.copies)),
         "new_full": plgpu.Barrier(num_arrivals=3, num_barriers=2),
         "new_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS + 1, num_barriers=2),
         "phi_full": plgpu.Barrier(),
@@ -57,7 +56,7 @@ class Warpgroup:
         self.call, self.plan = call, plan
         for name, ref in (arrays | shared).items():
             setattr(self, name, ref)
-        self.values, self.states = self.others
+        self.rows, self.states = self.tiles
         self.number = jax.lax.axis_index("program")
 
     def head(self, i):
@@ -65,10 +64,14 @@ class Warpgroup:
         head = self.number + i * attention_ring_gpu_plan.PROGRAMS
         return jax.lax.div(head, jnp.int32(self.call.K)), jax.lax.rem(head, jnp.int32(self.call.K))
 
+    def heads(self):
+        """Returns how many heads the program takes."""
+        heads, programs = self.call.B * self.call.K, attention_ring_gpu_plan.PROGRAMS
+        return jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs))
+
     def for_heads(self, work: Callable[..., None]) -> None:
         """Does work(i, sequence, head) for all heads of the program."""
-        heads, programs = self.call.B * self.call.K, attention_ring_gpu_plan.PROGRAMS
-        if heads <= programs:
+        if self.call.B * self.call.K <= attention_ring_gpu_plan.PROGRAMS:
             work(jnp.int32(0), *self.head(jnp.int32(0)))
             return
 
@@ -76,7 +79,7 @@ class Warpgroup:
             work(i, *self.head(i))
             return ()
 
-        jax.lax.fori_loop(0, jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs)), body, ())
+        jax.lax.fori_loop(0, self.heads(), body, ())
 
     def wait_for_kernel_before(self):
         """Waits until the kernel before this one is done, and so what it and those before it have written is there.
@@ -110,36 +113,41 @@ class Copies(Warpgroup):
         if not self.plan.interpret:
             plgpu.griddepcontrol_launch_dependents()
 
+        call, heads = self.call, self.heads()
+
         def of_head(i, b, h):
-            for item in self.call.early:
-                self.copy_tile(i, b, h, *item)
-            pl.when(i == 0)(self.wait_for_kernel_before)
-            self.copy_new(i, b, h)
-            for item in self.call.late:
-                self.copy_tile(i, b, h, *item)
+            for number in range(len(call.copies)):
+                if number == min(call.slots, call.values):
+                    # There was room for all copies until here; what is new is of the kernel before.
+                    @pl.when(i == 0)
+                    def _():
+                        self.wait_for_kernel_before()
+                        self.copy_new(i)
+                if number == call.values:
+                    # While the head's last keys are weighed.
+                    pl.when(i + 1 < heads)(lambda: self.copy_new(i + 1))
+                self.copy_tile(i, b, h, number)
 
         self.for_heads(of_head)
 
-    def copy_tile(self, i, b, h, kind, number):
-        """Copies tile `number` of keys, state or values."""
+    def copy_tile(self, i, b, h, number):
+        """Copies a head's copy `number`."""
+        kind, n = self.call.copies[number]
+        before, own = self.call.before(number)
         # What is past the ring's end reads as zeros; a slice that is known to pass it would be refused.
-        call, rows = self.call, pl.ds(number * TILE + 0 * i, TILE)
-        if kind == "k":
-            slot, again = call.key_slot(number)
-            source, ring, full, empty = self.k.at[b, h, rows], self.keys, self.keys_full, self.keys_empty
-        else:
-            slot, again = call.other_slot(number if kind == "s" else STATE_TILES + number)
-            source, ring, full, empty = self.v.at[b, h, rows], self.values, self.others_full, self.others_empty
+        rows = pl.ds(n * TILE + 0 * i, TILE)
         if kind == "s":
-            half, first = divmod(number, STATE_TILES // 2)
+            half, first = divmod(n, STATE_TILES // 2)
             source = self.state.at[b, h, pl.ds(first * TILE, TILE), pl.ds(half * HALF, HALF)]
-            ring = self.states
-        mosaic_gpu.wait_if(again | (i > 0), empty.at[slot])
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+            slots = self.states
+        else:
+            source, slots = (self.k if kind == "k" else self.v).at[b, h, rows], self.rows
+        mosaic_gpu.wait_if(own | (i > 0), self.empty.at[before])
+        plgpu.copy_gmem_to_smem(source, slots.at[number % self.call.slots], self.full.at[number])
 
-    def copy_new(self, i, b, h):
-        """Copies the new queries, twice, and the new key and value."""
-        call = self.call
+    def copy_new(self, i):
+        """Copies a head's new queries, twice, and the new key and value."""
+        call, (b, h) = self.call, self.head(i)
         Q, G = call.Q, call.G
         slot = jax.lax.rem(i, jnp.int32(2))
         mosaic_gpu.wait_if(i >= 2, self.new_empty.at[slot])

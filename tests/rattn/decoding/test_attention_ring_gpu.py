@@ -81,28 +81,28 @@ def by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, bran
 
 def assert_the_rings_never_wait_for_themselves(call):
     """Plays the warpgroups' waits for three heads: a kernel that waits for itself would never end, nor its test."""
-    assert call.other_slots > 1
-    programs = {"copy": [], "others": [], 0: [], 1: []}
-    for i in range(3):
-        programs["copy"] += [("copy", (i, *item)) for item in (*call.early, ("new", 0), *call.late)]
+    assert call.slots > 1
+    programs, heads = {"copy": [], "answers": [], 0: [], 1: []}, 3
+    for i in range(heads):
+        copies = [("copy", (i, *item)) for item in call.copies]
+        # What is new is copied for the first head when there is no more room, for others before the values in front.
+        new = {call.values: [("copy", (i + 1, "new"))] if i + 1 < heads else []}
+        if i == 0:
+            new[min(call.slots, call.values)] = [("copy", (0, "new")), *new.get(min(call.slots, call.values), [])]
+        programs["copy"] += [act for n, copy in enumerate(copies) for act in (*new.get(n, []), copy)]
         for number, tiles in enumerate(call.key_tiles):
-            programs[number] += [("need", (i, "new", 0)), ("need", (i, "phi"))]
+            programs[number] += [("need", (i, "new")), ("need", (i, "phi"))]
             programs[number] += [("need", (i - 1, "answer"))] if i else []
             programs[number] += [("take", (i, "k", t)) for t in tiles] + [("make", (i, "weights", number))]
-        programs["others"] += [("need", (i, "new", 0)), ("make", (i, "phi"))]
-        programs["others"] += [("take", (i, "s", n)) for n in range(STATE_TILES)]
-        programs["others"] += [("need", (i, "weights", number)) for number in (0, 1)]
-        programs["others"] += [("take", (i, "v", t)) for t in range(call.tiles)] + [("make", (i, "answer"))]
-    used, made, room = set(), set(), {"new": 2}
-
-    def slot(item):
-        if item[1] == "k":
-            return "k", call.key_slot(item[2])[0]
-        return "others", call.other_slot(item[2] + (STATE_TILES if item[1] == "v" else 0))[0]
+        programs["answers"] += [("need", (i, "new")), ("make", (i, "phi"))]
+        programs["answers"] += [("take", (i, "s", n)) for n in range(STATE_TILES)]
+        programs["answers"] += [("need", (i, "weights", number)) for number in (0, 1)]
+        programs["answers"] += [("take", (i, "v", t)) for t in range(call.tiles)] + [("make", (i, "answer"))]
+    used, made, room, taken = {}, set(), {"new": 2}, set()
 
     def can(act, item):
         if act == "copy":
-            return room["new"] > 0 if item[1] == "new" else slot(item) not in used
+            return room["new"] > 0 if item[1] == "new" else call.place(*item[1:])[1] not in used
         return act == "make" or item in made
 
     def perform(act, item):
@@ -111,9 +111,17 @@ def assert_the_rings_never_wait_for_themselves(call):
         if item[1] in ("new", "answer"):
             room["new"] += {"copy": -1, "make": 1}.get(act, 0)
         elif act == "copy":
-            used.add(slot(item))
+            number, slot = call.place(*item[1:])
+            used[slot] = item
+            # The barrier that says that the slot is free is of the tile that was in it.
+            before, own = call.before(number)
+            waited_for = (item[0] if own else item[0] - 1, *call.copies[before])
+            assert waited_for[0] < 0 or waited_for in taken
+            assert call.place(*waited_for[1:])[1] == slot
+            taken.discard(waited_for)
         elif act == "take":
-            used.remove(slot(item))
+            assert used.pop(call.place(*item[1:])[1]) == item
+            taken.add(item)
 
     moved = True
     while moved:
@@ -123,6 +131,8 @@ def assert_the_rings_never_wait_for_themselves(call):
                 perform(*program.pop(0))
                 moved = True
     assert not any(programs.values())
+    # Every barrier was waited for each time, but of the last copies.
+    assert len(taken) == min(call.slots, len(call.copies))
 
 
 def roundings(found, wanted):
