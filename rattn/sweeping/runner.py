@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 
 from rattn.errors import UserError
 from rattn.sweeping.points import Point, Sweep, same_config
@@ -288,11 +290,12 @@ class Runner:
 
         begins = once = max(map(start, timed))
         if self.options.train_alone:
-            # Where points wait for each other, the least that one took to start is what it takes alone; and it starts
-            # while those before it train.
-            once = min(map(start, timed))
-            ahead = sum(step_seconds * self._steps_left(other, running=True) for other in self._others_queued())
-            begins = max(once, ahead)
+            # Where points wait for each other, the longest starts were waiting; the shortest found all compiled. A
+            # point starts while others train, but where none does yet they all start at once, and nothing trains.
+            once = median(map(start, timed))
+            others = self._others_queued()
+            ahead = sum(step_seconds * self._steps_left(other, running=True) for other in others)
+            begins = max(once, ahead) if any(map(self._trains, others)) else once + ahead
         if self._lacks_trunk(point):
             begins += once
         # The longest evaluation: one that compiles, which nothing before it can have done for it.
@@ -313,15 +316,23 @@ class Runner:
                 left -= trunk.config.total_steps - point.config.init_from_step
         return left
 
+    def _trains(self, point: Point) -> bool:
+        """Whether a step of the point, or of its trunk, has been logged."""
+        return any(last_metrics(self.results.point_folder(name)) for name in (point.name, point.trunk) if name)
+
     def _lacks_trunk(self, point: Point) -> bool:
         """Whether a trunk is to be trained before the point."""
         return bool(point.trunk) and not checkpoint_steps(self.results.point_folder(point.trunk))
 
     @contextlib.contextmanager
     def _queued(self, point: Point) -> Iterator[None]:
-        """Tells the other sweeps on these GPUs of a point that trains or waits to."""
+        """Tells the other sweeps on these GPUs of a point that trains or waits to, if it still fits beside theirs."""
         path = self.results.workdir / f"queue-{_gpus()}.{os.getpid()}"
-        path.write_text(point.name)
+        with (self.results.workdir / f"queue-lock-{_gpus()}").open("w") as lock:
+            # Of sweeps that start at once, each is to see those that have come before it.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._check_time(point)
+            path.write_text(point.name)
         try:
             yield
         finally:

@@ -123,6 +123,20 @@ def test_a_budget_counts_a_trunk_that_is_not_there(sweep_of, run):
     assert runner._estimate(sweep.points[1]) == 2 * 5 + 400 + 1600 + 5
 
 
+def test_a_start_that_found_all_compiled_is_not_what_the_next_one_takes(sweep_of, run):
+    """10 s a step, 5 s to evaluate; in sweeps that train in turns starts took 5 s, 40 s, and 90 s with waiting."""
+    sweep = sweep_of(THREE)
+    _, results, _ = run(sweep)
+    for path, start in zip(sorted((results.workdir / "results").iterdir()), (40, 90, 5), strict=True):
+        result = json.loads(path.read_text())
+        result["evaluation"]["training"]["step_seconds"] = 10
+        result["seconds"] = {"train": 1000.0 + start, "evaluate": 5.0}
+        path.write_text(json.dumps(result))
+    shutil.rmtree(results.point_folder(sweep.points[0].name))
+    assert Runner(sweep, results, Options(train_alone=True), Table([]))._estimate(sweep.points[0]) == 40 + 1000 + 5
+    assert Runner(sweep, results, Options(), Table([]))._estimate(sweep.points[0]) == 90 + 1000 + 5
+
+
 def test_checkpoints_are_deleted_once_no_point_needs_them(sweep_of, run):
     sweep = sweep_of(BRANCHES)
     status, results, _ = run(sweep, chosen=[sweep.points[0]], delete_checkpoints=True)
@@ -166,8 +180,26 @@ def test_a_budget_counts_the_trainings_that_have_their_turn_first(sweep_of, run,
     queue = results.workdir / f"queue-3.{os.getppid()}"
     queue.write_text(other.name)
     assert run(sweep, budget_seconds=1800, **options)[::2] == (75, [])
+    assert run(sweep, budget_seconds=1810, **options)[::2] == (0, [f"train {last.name}", f"evaluate {last.name}"])
+    shutil.rmtree(results.point_folder(last.name))
+    next((results.workdir / "results").glob(f"{last.name}.*")).unlink()
+    # Where it does not train yet either, the GPU is idle for 5 s more, and does 20 steps more.
+    (folder / "metrics.jsonl").unlink()
+    assert run(sweep, budget_seconds=2009, **options)[::2] == (75, [])
     queue.rename(results.workdir / f"queue-4.{os.getppid()}")
     assert run(sweep, budget_seconds=1008, **options)[::2] == (75, [])
+    # Another sweep that starts at the same time is there by the time that the point is to train.
+    check, hidden = Runner._check_time, results.workdir / f"queue-4.{os.getppid()}"
+
+    def check_and_let_in(runner, point):
+        check(runner, point)
+        if hidden.exists():
+            hidden.rename(queue)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "_check_time", check_and_let_in)
+        assert run(sweep, budget_seconds=2009, **options)[::2] == (75, [])
+    queue.unlink()
     dead = subprocess.Popen(["true"])
     dead.wait()
     (results.workdir / f"queue-3.{dead.pid}").write_text(other.name)
