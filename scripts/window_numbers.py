@@ -12,9 +12,10 @@ Needs each run's metrics.jsonl under runs/window/points. A line for every run, b
 - trained: the training loss of the last fifth of the steps less full attention's on the same batches;
 - step: the first at which the training loss has been 0.7 nats below linear's on the same batches, over 50 steps.
 
-Under it a line for every points/NAME-unevaluated, the log of a training of point NAME that no result came of: the loss
-that its training measured at the end, less that of NAME's result, and less full attention's of the same seed; then the
-sample standard deviation of a point's loss when it is trained twice with one seed, pooled over the pairs.
+Under it a line for every points/NAME-unevaluated (and -unevaluated-2, …), the log of a training of point NAME that no
+result came of: the loss that its training measured at the end, less that of NAME's result, and less full attention's of
+the same seed; then, for each budget, the sample standard deviation of a point's loss when it is trained again with one
+seed, pooled over the points.
 
 With --distances accuracy on recall tokens alone, by the first distance of each bin, in rows of the shortest and of the
 longest length that was evaluated. With --contexts likewise the loss by tokens of the document before the target.
@@ -23,7 +24,7 @@ longest length that was evaluated. With --contexts likewise the loss by tokens o
 import argparse
 import pathlib
 from collections.abc import Mapping
-from statistics import correlation, fmean
+from statistics import correlation, fmean, variance
 
 from rattn.planning.report import table
 from rattn.sweeping.results import Results, last_metrics, training_losses
@@ -48,7 +49,7 @@ def main() -> None:
         return
     for group in grouped(results.all()):
         curves = {run.identity: training_losses(results.point_folder(run.result["name"])) for run in group.runs}
-        print(f"{group.name}\n{'':26}recall    rest  inside         beyond         trained  step")
+        print(f"{group.name}\n{'':28}recall    rest  inside         beyond         trained  step")
         for run in group.runs:
             print(_line(group, run, curves))
         learned = [run for run in group.runs if run.mixer != "linear"]
@@ -70,20 +71,27 @@ def by_context(group: Group) -> str:
 def unevaluated(results: Results) -> str:
     """Says what the logs know of trainings that no result came of, and how far a point is from itself."""
     losses = {result["name"]: loss(Run(result)) for result in results.all()}
-    lines, pairs = [], []
-    for folder in sorted(results.point_folder("").glob(f"*{UNEVALUATED}")):
-        name, own = folder.name.removesuffix(UNEVALUATED), last_metrics(folder)["eval/loss"]
-        budget, *_, seed = name.split("-")
-        full = losses.get(f"{budget}-full-{seed}")
+    trained = {name: [value] for name, value in losses.items()}
+    lines = []
+    for folder in sorted(results.point_folder("").glob(f"*{UNEVALUATED}*")):
+        name, own = folder.name.partition(UNEVALUATED)[0], last_metrics(folder)["eval/loss"]
+        full = losses.get(f"{_budget(name)}-full-{name.rpartition('-')[2]}")
         gaps = [f"{own - other:+.4f}" if other else "" for other in (losses.get(name), full)]
         lines.append(f"{name:28}{own:.4f}  {gaps[0]:12}{gaps[1]}".rstrip())
-        pairs += [own - losses[name]] if name in losses else []
+        trained.setdefault(name, []).append(own)
     if lines:
         lines.insert(0, f"{'not evaluated':28}{'loss':8}− result's  − full's")
-    if pairs:
-        spread = (fmean(gap**2 for gap in pairs) / 2) ** 0.5  # Each pair is a sample of two.
-        lines.append(f"one point, one seed, trained twice: {len(pairs)} pairs, spread {spread:.4f}")
+    for budget in dict.fromkeys(map(_budget, trained)):
+        again = [values for name, values in trained.items() if _budget(name) == budget and len(values) > 1]
+        if again:
+            freedom = sum(len(values) - 1 for values in again)
+            spread = (sum(variance(values) * (len(values) - 1) for values in again) / freedom) ** 0.5
+            lines.append(f"{budget}: {len(again)} points trained again, {freedom} times, spread {spread:.4f}")
     return "\n".join(lines)
+
+
+def _budget(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def _by_bin(group: Group, bins_of: str, value: str, title: str) -> str:
@@ -108,7 +116,7 @@ def _line(group: Group, run: Run, curves: Mapping[str, Mapping[int, float]]) -> 
     rest = own["targets"] - recall["targets"]
     rest_nats = own["nats_per_token"] * own["targets"] - recall["nats_per_token"] * recall["targets"]
     rest_loss = f"{rest_nats / rest:.4f}" if rest else " " * 6  # Associative recall has no other targets.
-    parts = [f"{run.result['name']:26}{recall['nats_per_token']:.3f}  {rest_loss}"]
+    parts = [f"{run.result['name']:28}{recall['nats_per_token']:.3f}  {rest_loss}"]
     full, linear = (_same_seed(group, mixer, run) for mixer in ("full", "linear"))
     edges = (run.window, run.window + 1) if full and run.window else ()
     parts += [f"{_accuracy(run, edge):.2f} ({_accuracy(full, edge):.2f})  " for edge in edges] or [" " * 13] * 2

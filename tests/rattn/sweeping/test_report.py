@@ -227,13 +227,17 @@ def test_trainings_without_a_result_stand_beside_what_was_measured(sweep_of, tmp
     for result in kept:
         (tmp_path / "results" / f"{result['name']}.{result['identity']}.json").write_text(json.dumps(result))
     assert window_numbers.unevaluated(results) == ""
-    logged = {"50M-rattention-2-seed0": 2.033, "50M-full-seed1": 2.006, "50M-rattention-4-seed1": 2.02}
-    for name, value in logged.items():
-        folder = tmp_path / "points" / f"{name}-unevaluated"
+    full, known, missing = (
+        f"50M-{point}-unevaluated" for point in ("full-seed1", "rattention-2-seed0", "rattention-4-seed1")
+    )
+    for name, value in {full: 2.006, known: 2.033, f"{known}-2": 2.036, missing: 2.02}.items():
+        folder = tmp_path / "points" / name
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 763, "eval/loss": value}) + "\n")
     lines = [line.split() for line in window_numbers.unevaluated(results).splitlines()[1:]]
     assert lines[0] == ["50M-full-seed1", "2.0060", "-0.0040", "-0.0040"]
     assert lines[1] == ["50M-rattention-2-seed0", "2.0330", "+0.0030", "+0.0330"]
-    assert lines[2] == ["50M-rattention-4-seed1", "2.0200", "+0.0100"]
-    assert lines[3][-5:] == ["twice:", "2", "pairs,", "spread", "0.0025"]  # √((0.004² + 0.003²) / 4)
+    assert lines[2] == ["50M-rattention-2-seed0", "2.0360", "+0.0060", "+0.0360"]
+    assert lines[3] == ["50M-rattention-4-seed1", "2.0200", "+0.0100"]
+    # √((0.004²/2 + 2 · 0.003²) / 3): 2.03, 2.033 and 2.036 are 0.003 apart.
+    assert " ".join(lines[4]) == "50M: 2 points trained again, 3 times, spread 0.0029"
