@@ -31,6 +31,7 @@ from rattn.decoding.attention_ring_gpu_answers import Answers
 from rattn.decoding.attention_ring_gpu_keys import Keys
 from rattn.decoding.attention_ring_gpu_plan import (
     COPY_REGISTERS,
+    FIRST_TAKER,
     HEAD_DIM,
     KEY_REGISTERS,
     KEY_WARPGROUPS,
@@ -39,7 +40,6 @@ from rattn.decoding.attention_ring_gpu_plan import (
     TILE,
     Call,
     queries_of,
-    tiles_of,
 )
 from rattn.decoding.attention_ring_gpu_warpgroup import Copies, shared_memory
 from rattn.decoding.cache import CacheLayout
@@ -94,7 +94,9 @@ def turns(head_dim: int, theta: float | None, k_scale_H: jax.Array | None, dtype
 def angles(
     newest: jax.Array, slots: int, group: int, head_dim: int, theta: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns sines and cosines by which queries are turned, float32 [tiles · 2 Q, H/2].
+    """Returns sines and cosines by which queries are turned, float32 [KEY_WARPGROUPS · 2 Q + 1, H/2].
+
+    Those of each warpgroup's first tile of keys, and what lies between two of its tiles.
 
     Args:
       newest: int32, the slot of the newest key.
@@ -103,9 +105,9 @@ def angles(
       head_dim: H.
       theta: of the rotation, or None without one.
     """
-    first = jnp.arange(tiles_of(slots)) * TILE
+    first = jnp.arange(KEY_WARPGROUPS) * TILE
     ages = newest - first[:, None] + jnp.repeat(jnp.array([0, slots]), queries_of(group))[None]
-    return _angles(ages.reshape(-1), head_dim, theta)
+    return _angles(jnp.append(ages.reshape(-1), -KEY_WARPGROUPS * TILE), head_dim, theta)
 
 
 def _angles(positions, head_dim, theta):
@@ -154,7 +156,7 @@ def attend(
     mesh = plgpu.Mesh(
         grid=(min(attention_ring_gpu_plan.PROGRAMS, B * K),),
         grid_names=("program",),
-        num_threads=2 + KEY_WARPGROUPS,
+        num_threads=FIRST_TAKER + KEY_WARPGROUPS,
         thread_name="warpgroup",
     )
     found = pl.kernel(
@@ -181,12 +183,14 @@ def _kernel(call, plan, *refs):
 
     def scoped(*shared_refs):
         given = call, plan, arrays, dict(zip(shared, shared_refs, strict=True))
-        takers = [(Keys(number, *given), KEY_REGISTERS) for number in range(KEY_WARPGROUPS)]
-        for number, (warpgroup, registers) in enumerate(
-            [(Copies(*given), COPY_REGISTERS), (Answers(*given), OTHER_REGISTERS), *takers]
+        number = jax.lax.axis_index("warpgroup")
+        for chosen, kind, registers in (
+            (number == 0, Copies, COPY_REGISTERS),
+            (number == 1, Answers, OTHER_REGISTERS),
+            (number >= FIRST_TAKER, Keys, KEY_REGISTERS),
         ):
-            run = warpgroup.run if plan.interpret else functools.partial(_with_registers, registers, warpgroup.run)
-            pl.when(jax.lax.axis_index("warpgroup") == number)(run)
+            run = kind(*given).run
+            pl.when(chosen)(run if plan.interpret else functools.partial(_with_registers, registers, run))
 
     pl.run_scoped(scoped, *shared.values(), collective_axes="warpgroup")
 

@@ -48,54 +48,61 @@ class Answers(Warpgroup):
             ones = mosaic_gpu.rows_layout(2 * self.call.Q, TILE)
             self.ones[...] = plgpu.layout_cast(jnp.ones((2 * self.call.Q, TILE), jnp.bfloat16), ones)
 
-        layout = mosaic_gpu.rows_layout(LINEAR, HEAD_DIM)
+        layout = mosaic_gpu.rows_layout(LINEAR, HALF)
         slot = jax.lax.rem(i, jnp.int32(2))
         plgpu.barrier_wait(self.new_full.at[slot])
         mosaic_gpu.wait_if(i > 0, self.phi_empty)
-        x = plgpu.load(self.new.at[slot, pl.ds(0, LINEAR)], layout=layout, optimized=False).astype(jnp.float32)
+        halves = [self.new.at[slot, pl.ds(0, LINEAR), pl.ds(m * HALF, HALF)] for m in (0, 1)]
+        halves = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in halves]
 
-        def across(y):
-            return plgpu.layout_cast(jax.lax.broadcast_in_dim(y, x.shape, [0]), layout)
+        def across(x):
+            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (LINEAR, HALF), [0]), layout)
 
         for n, sign in enumerate((LOG2_E, -LOG2_E)):
-            y = x * sign
-            powers = jnp.exp2(y - across(y.max(axis=1)))
-            y = powers * across(1.0 / powers.sum(axis=1))
-            self.phi.at[:, pl.ds(n * HEAD_DIM, HEAD_DIM)][...] = y.astype(jnp.bfloat16)
+            scaled = [half * sign for half in halves]
+            most = across(jnp.maximum(*(half.max(axis=1) for half in scaled)))
+            powers = [jnp.exp2(half - most) for half in scaled]
+            inverse = across(1.0 / sum(half.sum(axis=1) for half in powers))
+            for m, half in enumerate(powers):
+                self.phi.at[2 * n + m][...] = (half * inverse).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.phi_full)
 
     def read_state(self, half):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
-        total, tiles = None, STATE_TILES // 2
-        for j in range(tiles):
-            number, slot = self.call.place("s", half * tiles + j)
-            plgpu.barrier_wait(self.full.at[number])
+
+        def of_tile(n, total):
+            slot = self.call.slot(self.call.states + half * (STATE_TILES // 2) + n)
+            plgpu.barrier_wait(self.others_full.at[slot])
             tile = self.states.at[slot].transpose((1, 0))
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
             x = plgpu.layout_cast(x.astype(jnp.bfloat16), WGMMA)
-            plgpu.barrier_arrive(self.empty.at[number])
-            found = self.multiply([x], [self.phi.at[:, pl.ds(j * TILE, TILE)]], LINEAR)
-            total = found if total is None else total + found
-        return total
+            plgpu.barrier_arrive(self.empty.at[slot])
+            return total + self.multiply([x], [self.phi.at[n]], LINEAR)
+
+        none = plgpu.layout_cast(jnp.zeros((HALF, LINEAR), jnp.float32), WGMMA)
+        return jax.lax.fori_loop(0, STATE_TILES // 2, of_tile, none)
 
     def read_values(self):
         """Returns values times weights, float32 [HEAD_DIM, columns]."""
+        call = self.call
 
         def scope(sums):
-            for t in range(self.call.tiles):
-                number, slot = self.call.place("v", t)
-                plgpu.barrier_wait(self.full.at[number])
-                weights = self.weights.at[:, pl.ds(t * TILE, TILE)]
-                plgpu.wgmma(sums, self.rows.at[slot].transpose((1, 0)), weights.transpose((1, 0)))
-                if t:
-                    plgpu.wgmma_wait(1)  # All before this tile are done.
-                    plgpu.barrier_arrive(self.empty.at[number - 1])
+            def of_tile(t, _):
+                slot = call.slot(call.values + t)
+                plgpu.barrier_wait(self.others_full.at[slot])
+                values, weights = self.rows.at[slot], self.weights.at[t]
+                plgpu.wgmma(sums, values.transpose((1, 0)), weights.transpose((1, 0)))
+                plgpu.wgmma_wait(1)  # All before this tile are done.
+                pl.when(t > 0)(lambda: plgpu.barrier_arrive(self.empty.at[call.slot(call.values + t - 1)]))
+                return ()
+
+            jax.lax.fori_loop(0, call.tiles, of_tile, ())
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(self.empty.at[number])
+            plgpu.barrier_arrive(self.empty.at[(call.copies - 1) % call.slots])
             return sums[...]
 
-        return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, self.call.columns), jnp.float32))
+        return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, call.columns), jnp.float32))
 
     def store_out(self, row, first, found):
         """Stores [dims, columns] of a result, beginning with this row and dim, as rows."""
@@ -120,7 +127,8 @@ class Answers(Warpgroup):
         most = [rows(self.most, part) for part in (0, 1)]
         shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
         weight = rows(self.weight, 0)
-        totals = [[rows(self.totals.at[n], part) for n in range(4 * KEY_WARPGROUPS)] for part in (0, 1)]
+        warps = [self.totals.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)]
+        totals = [[rows(warp, part) for warp in warps] for part in (0, 1)]
         total = (sum(totals[0]) + weight) * shrink[0] + sum(totals[1]) * shrink[1]
         new_k, new_v = (
             plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)

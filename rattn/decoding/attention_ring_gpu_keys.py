@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_gpu_program import LEAST
-from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, TILE
+from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, TILE
 from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
 from rattn.decoding.triton_gpu import LOG2_E
 
@@ -20,10 +20,11 @@ COLUMNS_OF_WGMMA = WGMMA.reduce(0)
 class Keys(Warpgroup):
     """A warpgroup that takes every other tile of keys."""
 
-    def __init__(self, taker: int, *args: Any):
-        """Takes the warpgroup's number among those that take keys, and what `Warpgroup` does."""
+    def __init__(self, *args: Any):
+        """Takes what `Warpgroup` does."""
         super().__init__(*args)
-        self.taker = taker
+        self.taker = jax.lax.axis_index("warpgroup") - FIRST_TAKER
+        self.count = jax.lax.div(self.call.tiles - self.taker + KEY_WARPGROUPS - 1, jnp.int32(KEY_WARPGROUPS))
 
     def run(self) -> None:
         """Makes weights of the keys, of both branches."""
@@ -31,10 +32,13 @@ class Keys(Warpgroup):
         self.wait_for_kernel_before()
         self.for_heads(functools.partial(self.weigh, table))
 
+    def tile(self, n):
+        """Returns the warpgroup's tile number n."""
+        return self.taker + n * KEY_WARPGROUPS
+
     def weigh(self, table, i, b, h):
         """Writes the weights of a head's keys, their maximum and sums."""
         call, plan = self.call, self.plan
-        tiles = call.key_tiles[self.taker]
         newest, known, unfolded = (self.counts[b, n] for n in range(3))
         reach = jnp.minimum(plan.window, known)
         with jax.named_scope("turn queries"):
@@ -47,23 +51,29 @@ class Keys(Warpgroup):
         row, column = (plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, dim), WGMMA) for dim in (0, 1))
         # How old a key in slot 0 would be, were it of this round or of the one before.
         begin = newest + jnp.where(column >= call.Q, call.S, 0) - row
-        scores = []
-        for t in tiles:
-            number, slot = call.place("k", t)
+
+        def of_tile(n, scores):
+            t = self.tile(n)
+            slot = call.slot(t)
             with jax.named_scope("wait for keys"):
-                plgpu.barrier_wait(self.full.at[number])
+                plgpu.barrier_wait(self.keys_full.at[call.key_barrier(t)])
             halves = [self.rows.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
-            plgpu.barrier_arrive(self.empty.at[number])
+            plgpu.barrier_arrive(self.empty.at[slot])
             with jax.named_scope("score keys"):
                 found = self.products(table, keys, t)
                 ages = begin - t * TILE
                 visible = (ages > 0) & (ages < reach)
-                if (t + 1) * TILE > call.S:
+                if call.S % TILE:
                     visible = visible & (row < call.S - t * TILE)
-                scores.append(jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST))
+                found = jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST)
             with jax.named_scope("weigh waiting"):
                 self.weigh_waiting(keys, t, newest, known, unfolded)
+            # The last tile's scores are the last: registers have no numbers that are known only when a program runs.
+            return *scores[1:], found
+
+        none = plgpu.layout_cast(jnp.full(shape, LEAST, jnp.float32), WGMMA)
+        scores = jax.lax.fori_loop(0, self.count, of_tile, (none,) * call.most_key_tiles)
         plgpu.barrier_arrive(self.phi_empty)
         with jax.named_scope("most"):
             most, new = self.most_of(scores)
@@ -75,28 +85,34 @@ class Keys(Warpgroup):
     def store_softmax(self, scores, most, new):
         """Stores e^(score − most) of the warpgroup's tiles, their sums, and the new key's."""
         call, total = self.call, None
-        for t, score in zip(call.key_tiles[self.taker], scores, strict=True):
+        for place, score in enumerate(scores):
+            n = self.count - call.most_key_tiles + place
             weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, score.shape, [1]))
             total = weights if total is None else total + weights
-            self.store_weights(0, 2 * call.Q, t, weights)
-        mosaic_gpu.store_of_warps("add", total, self.totals.at[pl.ds(4 * self.taker, 4)], self.plan.interpret)
-        if self.taker == 0:
+            pl.when(n >= 0)(functools.partial(self.store_weights, 0, 2 * call.Q, self.tile(n), weights))
+        mosaic_gpu.store_of_warps("add", total, self.totals.at[self.taker], self.plan.interpret)
+
+        @pl.when(self.taker == 0)
+        def _():
             self.most[...] = most
             self.weight[...] = jnp.exp2(new - most)
 
     def most_of(self, scores):
         """Returns the largest score of all tiles and the new key, and the new key's, [2 Q]."""
         most = functools.reduce(jnp.maximum, scores)
-        mosaic_gpu.store_of_warps("max", most, self.maxima.at[pl.ds(4 * self.taker, 4)], self.plan.interpret)
+        mosaic_gpu.store_of_warps("max", most, self.maxima.at[self.taker], self.plan.interpret)
         plgpu.barrier_arrive(self.maxima_full)
         plgpu.barrier_wait(self.maxima_full)
-        rows = [self.score.at[self.taker], *(self.maxima.at[n] for n in range(4 * KEY_WARPGROUPS))]
+        rows = [
+            self.score.at[self.taker],
+            *(self.maxima.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)),
+        ]
         new, *others = [plgpu.load(row, layout=COLUMNS_OF_WGMMA, optimized=False) for row in rows]
         return functools.reduce(jnp.maximum, others, new), new
 
     def store_weights(self, first, columns, t, weights):
         """Stores a tile's weights [TILE, columns]."""
-        place = self.weights.at[pl.ds(first, columns), pl.ds(t * TILE, TILE)].transpose((1, 0))
+        place = self.weights.at[t, pl.ds(first, columns)].transpose((1, 0))
         place[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
 
     def turn_queries(self, i):
@@ -105,18 +121,16 @@ class Keys(Warpgroup):
         Q, rows = call.Q, 2 * call.Q
         layout = mosaic_gpu.rows_layout(rows, HALF)
         halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
-        # On their way before the queries are there.
-        places = {t: pl.ds(t * rows, rows) for t in call.key_tiles[self.taker]}
-        angles = {
-            t: [plgpu.load(x.at[place], layout=layout, optimized=False) for x in (self.sin, self.cos)]
-            for t, place in places.items()
-        }
 
         def across(ref):
             """Loads [HALF] numbers for every row."""
             x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
             return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, HALF), [1]), layout)
 
+        # On their way before the queries are there.
+        first = pl.ds(self.taker * rows, rows)
+        sin, cos = (plgpu.load(x.at[first], layout=layout, optimized=False) for x in (self.sin, self.cos))
+        next_sin, next_cos = (across(x.at[KEY_WARPGROUPS * rows]) for x in (self.sin, self.cos))
         scales = (
             [[across(scale.at[half]) for half in halves] for scale in (self.q_scale, self.k_scale)]
             if self.plan.normed
@@ -137,9 +151,13 @@ class Keys(Warpgroup):
         a, b = q = normed([x.astype(jnp.float32) for x in q], 0)
         k = normed([across(self.new.at[slot, 2 * Q, half]) for half in halves], 1)
         plgpu.barrier_arrive(self.new_empty.at[slot])
-        for t, (sin, cos) in angles.items():
-            for half, x in zip(halves, (a * cos - b * sin, b * cos + a * sin), strict=True):
-                self.queries.at[places[t], half][...] = x.astype(jnp.bfloat16)
+
+        def of_tile(n, turned):
+            for half, x in zip(halves, turned, strict=True):
+                self.queries.at[self.tile(n), :, half][...] = x.astype(jnp.bfloat16)
+            return turn(*turned, next_sin, next_cos)
+
+        jax.lax.fori_loop(0, self.count, of_tile, turn(a, b, sin, cos))
         score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True)) * (HEAD_DIM**-0.5 * LOG2_E)
         row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows, HALF), 0), layout).max(axis=1)
         self.score.at[self.taker][...] = jnp.where(row < Q, score, LEAST)
@@ -152,8 +170,7 @@ class Keys(Warpgroup):
         """
         columns = 2 * self.call.Q
         (ka, kb), (aa, ab, bb, ba) = keys, table
-        queries = self.queries.at[pl.ds(t * columns, columns)]
-        queries = [queries.at[:, pl.ds(n * HALF, HALF)] for n in (0, 1)]
+        queries = [self.queries.at[t, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
         found = self.multiply([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)
         if not self.plan.normed:
             return found
@@ -180,7 +197,7 @@ class Keys(Warpgroup):
                 most = jax.lax.broadcast_in_dim(most * scale, x[0].shape, [0])
                 powers = [jnp.exp2(half * scale - most) for half in x]
                 inverse = 1.0 / sum(half.sum(axis=1) for half in powers)
-                phi = [self.phi.at[:, pl.ds(n * HEAD_DIM + m * HALF, HALF)] for m in (0, 1)]
+                phi = [self.phi.at[2 * n + m] for m in (0, 1)]
                 product = self.multiply([half.astype(jnp.bfloat16) for half in powers], phi, LINEAR)
                 product = product * jax.lax.broadcast_in_dim(inverse, product.shape, [0])
                 found = product if found is None else found + product
@@ -190,3 +207,8 @@ class Keys(Warpgroup):
         def _():
             zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
             self.store_weights(2 * call.Q, LINEAR, t, zeros)
+
+
+def turn(a, b, sin, cos):
+    """Turns both halves of rows."""
+    return a * cos - b * sin, b * cos + a * sin

@@ -25,20 +25,20 @@ def shared_memory(call: Call) -> dict[str, Any]:
             plgpu.SMEM((call.slots, TILE, HALF), jnp.float32, transforms=halves),
         ),
         "new": plgpu.SMEM((2, 2 * Q + 2, HEAD_DIM), bf16),
-        "queries": plgpu.SMEM((call.tiles * 2 * Q, HEAD_DIM), bf16, transforms=tiled),
+        "queries": plgpu.SMEM((call.tiles, 2 * Q, HEAD_DIM), bf16, transforms=tiled),
         "ones": plgpu.SMEM((2 * Q, TILE), bf16, transforms=tiled),
-        "phi": plgpu.SMEM((LINEAR, 2 * HEAD_DIM), bf16, transforms=tiled),
-        "weights": plgpu.SMEM((call.columns, call.tiles * TILE), bf16, transforms=tiled),
+        "phi": plgpu.SMEM((2 * HEAD_DIM // TILE, LINEAR, TILE), bf16, transforms=tiled),
+        "weights": plgpu.SMEM((call.tiles, call.columns, TILE), bf16, transforms=tiled),
         "out": plgpu.SMEM((call.columns + LINEAR, HEAD_DIM), jnp.float32),
         "score": plgpu.SMEM((KEY_WARPGROUPS, 2 * Q), jnp.float32),
-        "maxima": plgpu.SMEM((KEY_WARPGROUPS * 4, 2 * Q), jnp.float32),
-        "totals": plgpu.SMEM((KEY_WARPGROUPS * 4, 2 * Q), jnp.float32),
+        "maxima": plgpu.SMEM((KEY_WARPGROUPS, 4, 2 * Q), jnp.float32),
+        "totals": plgpu.SMEM((KEY_WARPGROUPS, 4, 2 * Q), jnp.float32),
         "most": plgpu.SMEM((2 * Q,), jnp.float32),
         "weight": plgpu.SMEM((2 * Q,), jnp.float32),
-        # Of copies and not of slots, for a barrier has to be waited for every time, and a slot is now one warpgroup's and
-        # now another's.
-        "full": plgpu.Barrier(num_barriers=len(call.copies)),
-        "empty": plgpu.Barrier(num_barriers=len(call.copies)),
+        # Who waits for a barrier has to do so every time, and a slot is now one warpgroup's and now another's.
+        "keys_full": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.slots),
+        "others_full": plgpu.Barrier(num_barriers=call.slots),
+        "empty": plgpu.Barrier(num_barriers=call.slots),
         "new_full": plgpu.Barrier(num_arrivals=3, num_barriers=2),
         "new_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS + 1, num_barriers=2),
         "phi_full": plgpu.Barrier(),
@@ -114,36 +114,53 @@ class Copies(Warpgroup):
             plgpu.griddepcontrol_launch_dependents()
 
         call, heads = self.call, self.heads()
+        # There is room for so many copies before what is new, which is of the kernel before.
+        first = min(call.slots, call.values)
 
         def of_head(i, b, h):
-            for number in range(len(call.copies)):
-                if number == min(call.slots, call.values):
-                    # There was room for all copies until here; what is new is of the kernel before.
-                    @pl.when(i == 0)
-                    def _():
-                        self.wait_for_kernel_before()
-                        self.copy_new(i)
-                if number == call.values:
-                    # While the head's last keys are weighed.
-                    pl.when(i + 1 < heads)(lambda: self.copy_new(i + 1))
-                self.copy_tile(i, b, h, number)
+            def copy(begin, end):
+                for kind, lowest, highest in (
+                    ("k", 0, call.states),
+                    ("s", call.states, call.values),
+                    ("v", call.values, call.copies),
+                ):
+                    self.copy_tiles(i, b, h, kind, lowest, max(begin, lowest), min(end, highest))
+
+            copy(0, first)
+
+            @pl.when(i == 0)
+            def _():
+                self.wait_for_kernel_before()
+                self.copy_new(i)
+
+            copy(first, call.values)
+            # While the head's last keys are weighed.
+            pl.when(i + 1 < heads)(lambda: self.copy_new(i + 1))
+            copy(call.values, call.copies)
 
         self.for_heads(of_head)
 
-    def copy_tile(self, i, b, h, number):
-        """Copies a head's copy `number`."""
-        kind, n = self.call.copies[number]
-        before, own = self.call.before(number)
-        # What is past the ring's end reads as zeros; a slice that is known to pass it would be refused.
-        rows = pl.ds(n * TILE + 0 * i, TILE)
-        if kind == "s":
-            half, first = divmod(n, STATE_TILES // 2)
-            source = self.state.at[b, h, pl.ds(first * TILE, TILE), pl.ds(half * HALF, HALF)]
-            slots = self.states
-        else:
-            source, slots = (self.k if kind == "k" else self.v).at[b, h, rows], self.rows
-        mosaic_gpu.wait_if(own | (i > 0), self.empty.at[before])
-        plgpu.copy_gmem_to_smem(source, slots.at[number % self.call.slots], self.full.at[number])
+    def copy_tiles(self, i, b, h, kind, first, begin, end):
+        """Copies a head's copies from `begin` to `end`, all of one kind, whose first is `first`."""
+        call = self.call
+
+        def body(number, _):
+            n, slot = number - first, call.slot(number)
+            # Every head begins with the first slot, where it finds the last tiles of the head before it.
+            mosaic_gpu.wait_if((number >= call.slots) | (i > 0), self.empty.at[slot])
+            if kind == "s":
+                tiles = jnp.int32(STATE_TILES // 2)
+                half, tile = jax.lax.div(n, tiles), jax.lax.rem(n, tiles)
+                source, slots = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
+            else:
+                # What is past the ring's end reads as zeros.
+                source, slots = (self.k if kind == "k" else self.v).at[b, h, pl.ds(n * TILE, TILE)], self.rows
+            full = self.keys_full.at[call.key_barrier(number)] if kind == "k" else self.others_full.at[slot]
+            plgpu.copy_gmem_to_smem(source, slots.at[slot], full)
+            return ()
+
+        if begin < end:
+            jax.lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, ())
 
     def copy_new(self, i):
         """Copies a head's new queries, twice, and the new key and value."""
