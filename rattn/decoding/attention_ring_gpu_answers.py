@@ -1,5 +1,7 @@
 """The warpgroup of `attention_ring_gpu` that reads state and values, and makes the result."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -28,6 +30,8 @@ class Answers(Warpgroup):
         ]
         with jax.named_scope("phi"):
             self.store_phi(i)
+        with jax.named_scope("weigh waiting"):
+            jax.lax.fori_loop(0, call.waiting_tiles, functools.partial(self.weigh_waiting, b), ())
         with jax.named_scope("state"):
             for half in range(2):
                 self.store_out(call.columns, half * HALF, self.read_state(half))
@@ -47,11 +51,18 @@ class Answers(Warpgroup):
         def _():
             ones = mosaic_gpu.rows_layout(2 * self.call.Q, TILE)
             self.ones[...] = plgpu.layout_cast(jnp.ones((2 * self.call.Q, TILE), jnp.bfloat16), ones)
+            # Of tiles in which no keys wait, the same for all heads.
+            none = plgpu.layout_cast(jnp.zeros((LINEAR, TILE), jnp.bfloat16), mosaic_gpu.rows_layout(LINEAR, TILE))
+
+            def store(t, _):
+                self.weights.at[t, pl.ds(2 * self.call.Q, LINEAR)][...] = none
+                return ()
+
+            jax.lax.fori_loop(0, self.call.tiles, store, ())
 
         layout = mosaic_gpu.rows_layout(LINEAR, HALF)
         slot = jax.lax.rem(i, jnp.int32(2))
         plgpu.barrier_wait(self.new_full.at[slot])
-        mosaic_gpu.wait_if(i > 0, self.phi_empty)
         halves = [self.new.at[slot, pl.ds(0, LINEAR), pl.ds(m * HALF, HALF)] for m in (0, 1)]
         halves = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in halves]
 
@@ -66,7 +77,42 @@ class Answers(Warpgroup):
             for m, half in enumerate(powers):
                 self.phi.at[2 * n + m][...] = (half * inverse).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.phi_full)
+
+    def weigh_waiting(self, b, n, _):
+        """Writes the linear branch's weights of tile number n of those in which keys may wait for the fold."""
+        call, W = self.call, self.plan.window
+        newest, known, unfolded = (self.counts[b, n] for n in range(3))
+        t, slot = call.waiting_tile(n, newest, unfolded), call.slot(call.waiting + n)
+        plgpu.barrier_wait(self.others_full.at[slot])
+        last = newest - W
+        first = last - unfolded + 1
+        begin, end = t * TILE, (t + 1) * TILE - 1
+        some = ((first <= end) & (last >= begin)) | ((first + call.S <= end) & (last + call.S >= begin))
+
+        @pl.when(some)
+        def _():
+            halves = [self.rows.at[slot, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
+            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
+
+            def of_sign(sign, total):
+                """Adds φ(q) · φ(k) over half of φ, of k or of −k."""
+                scaled = [half.astype(jnp.float32) * (LOG2_E * (1 - 2 * sign)) for half in keys]
+                most = jnp.maximum(*(half.max(axis=1) for half in scaled))
+                powers = [jnp.exp2(half - jax.lax.broadcast_in_dim(most, half.shape, [0])) for half in scaled]
+                inverse = 1.0 / sum(half.sum(axis=1) for half in powers)
+                phi = [self.phi.at[2 * sign + m] for m in (0, 1)]
+                (found,) = self.multiply(([half.astype(jnp.bfloat16) for half in powers], phi, LINEAR))
+                return total + found * jax.lax.broadcast_in_dim(inverse, found.shape, [0])
+
+            none = plgpu.layout_cast(jnp.zeros((TILE, LINEAR), jnp.float32), WGMMA)
+            found = jax.lax.fori_loop(0, 2, of_sign, none)
+            row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, found.shape, 0), WGMMA) + begin
+            ages = jnp.where(row <= newest, newest - row, newest - row + call.S)
+            waits = (ages >= W) & (ages < W + unfolded) & (ages < known) & (row < call.S)
+            self.store_weights(2 * call.Q, t, jnp.where(waits, found, 0.0))
+
+        plgpu.barrier_arrive(self.empty.at[slot])
+        return ()
 
     def read_state(self, half):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
@@ -78,7 +124,7 @@ class Answers(Warpgroup):
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
             x = plgpu.layout_cast(x.astype(jnp.bfloat16), WGMMA)
             plgpu.barrier_arrive(self.empty.at[slot])
-            return total + self.multiply([x], [self.phi.at[n]], LINEAR)
+            return total + self.multiply(([x], [self.phi.at[n]], LINEAR))[0]
 
         none = plgpu.layout_cast(jnp.zeros((HALF, LINEAR), jnp.float32), WGMMA)
         return jax.lax.fori_loop(0, STATE_TILES // 2, of_tile, none)

@@ -1,4 +1,4 @@
-"""The warpgroups of `attention_ring_gpu` that make weights of keys."""
+"""The warpgroups of `attention_ring_gpu` that make weights of keys for the softmax branch."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_gpu_program import LEAST
-from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, TILE
+from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, TILE
 from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
 from rattn.decoding.triton_gpu import LOG2_E
 
@@ -27,7 +27,7 @@ class Keys(Warpgroup):
         self.count = jax.lax.div(self.call.tiles - self.taker + KEY_WARPGROUPS - 1, jnp.int32(KEY_WARPGROUPS))
 
     def run(self) -> None:
-        """Makes weights of the keys, of both branches."""
+        """Makes weights of the keys."""
         table = [plgpu.load(self.turns.at[n], layout=WGMMA, optimized=False) for n in range(4)]
         self.wait_for_kernel_before()
         self.for_heads(functools.partial(self.weigh, table))
@@ -37,16 +37,13 @@ class Keys(Warpgroup):
         return self.taker + n * KEY_WARPGROUPS
 
     def weigh(self, table, i, b, h):
-        """Writes the weights of a head's keys, their maximum and sums."""
+        """Writes the softmax branch's weights of a head's keys, their maximum and sums."""
         call, plan = self.call, self.plan
-        newest, known, unfolded = (self.counts[b, n] for n in range(3))
+        newest, known = self.counts[b, 0], self.counts[b, 1]
         reach = jnp.minimum(plan.window, known)
         with jax.named_scope("turn queries"):
             self.turn_queries(i)
             plgpu.commit_smem()
-        with jax.named_scope("wait for others"):
-            plgpu.barrier_wait(self.phi_full)
-            mosaic_gpu.wait_if(i > 0, self.weights_empty)
         shape = TILE, 2 * call.Q
         row, column = (plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, dim), WGMMA) for dim in (0, 1))
         # How old a key in slot 0 would be, were it of this round or of the one before.
@@ -56,7 +53,7 @@ class Keys(Warpgroup):
             t = self.tile(n)
             slot = call.slot(t)
             with jax.named_scope("wait for keys"):
-                plgpu.barrier_wait(self.keys_full.at[call.key_barrier(t)])
+                plgpu.barrier_wait(self.keys_full.at[t])
             halves = [self.rows.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
             plgpu.barrier_arrive(self.empty.at[slot])
@@ -67,14 +64,13 @@ class Keys(Warpgroup):
                 if call.S % TILE:
                     visible = visible & (row < call.S - t * TILE)
                 found = jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST)
-            with jax.named_scope("weigh waiting"):
-                self.weigh_waiting(keys, t, newest, known, unfolded)
             # The last tile's scores are the last: registers have no numbers that are known only when a program runs.
             return *scores[1:], found
 
         none = plgpu.layout_cast(jnp.full(shape, LEAST, jnp.float32), WGMMA)
         scores = jax.lax.fori_loop(0, self.count, of_tile, (none,) * call.most_key_tiles)
-        plgpu.barrier_arrive(self.phi_empty)
+        with jax.named_scope("wait for answers"):
+            mosaic_gpu.wait_if(i > 0, self.weights_empty)
         with jax.named_scope("most"):
             most, new = self.most_of(scores)
         with jax.named_scope("weigh"):
@@ -89,7 +85,7 @@ class Keys(Warpgroup):
             n = self.count - call.most_key_tiles + place
             weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, score.shape, [1]))
             total = weights if total is None else total + weights
-            pl.when(n >= 0)(functools.partial(self.store_weights, 0, 2 * call.Q, self.tile(n), weights))
+            pl.when(n >= 0)(functools.partial(self.store_weights, 0, self.tile(n), weights))
         mosaic_gpu.store_of_warps("add", total, self.totals.at[self.taker], self.plan.interpret)
 
         @pl.when(self.taker == 0)
@@ -109,11 +105,6 @@ class Keys(Warpgroup):
         ]
         new, *others = [plgpu.load(row, layout=COLUMNS_OF_WGMMA, optimized=False) for row in rows]
         return functools.reduce(jnp.maximum, others, new), new
-
-    def store_weights(self, first, columns, t, weights):
-        """Stores a tile's weights [TILE, columns]."""
-        place = self.weights.at[t, pl.ds(first, columns)].transpose((1, 0))
-        place[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
 
     def turn_queries(self, i):
         """Norms and turns the new queries for the warpgroup's tiles, and writes the new key's score."""
@@ -171,42 +162,11 @@ class Keys(Warpgroup):
         columns = 2 * self.call.Q
         (ka, kb), (aa, ab, bb, ba) = keys, table
         queries = [self.queries.at[t, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
-        found = self.multiply([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)
+        products = [([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)]
         if not self.plan.normed:
-            return found
-        squares = self.multiply([ka * ka + kb * kb], [self.ones], columns)
+            return self.multiply(*products)[0]
+        found, squares = self.multiply(*products, ([ka * ka + kb * kb], [self.ones], columns))
         return found * jax.lax.rsqrt(squares / HEAD_DIM + self.plan.epsilon)
-
-    def weigh_waiting(self, keys, t, newest, known, unfolded):
-        """Writes the linear branch's weights of a tile's keys: zero but for those that wait for the fold."""
-        call, W = self.call, self.plan.window
-        last, shape = newest - W, (TILE, LINEAR)
-        first = last - unfolded + 1
-        begin, end = t * TILE, (t + 1) * TILE - 1
-        some = ((first <= end) & (last >= begin)) | ((first + call.S <= end) & (last + call.S >= begin))
-
-        @pl.when(some)
-        def _():
-            row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, 0), WGMMA) + begin
-            ages = jnp.where(row <= newest, newest - row, newest - row + call.S)
-            waits = (ages >= W) & (ages < W + unfolded) & (ages < known) & (row < call.S)
-            x, found = [half.astype(jnp.float32) for half in keys], None
-            highest = jnp.maximum(*(half.max(axis=1) for half in x))
-            lowest = jnp.minimum(*(half.min(axis=1) for half in x))
-            for n, (scale, most) in enumerate(((LOG2_E, highest), (-LOG2_E, lowest))):
-                most = jax.lax.broadcast_in_dim(most * scale, x[0].shape, [0])
-                powers = [jnp.exp2(half * scale - most) for half in x]
-                inverse = 1.0 / sum(half.sum(axis=1) for half in powers)
-                phi = [self.phi.at[2 * n + m] for m in (0, 1)]
-                product = self.multiply([half.astype(jnp.bfloat16) for half in powers], phi, LINEAR)
-                product = product * jax.lax.broadcast_in_dim(inverse, product.shape, [0])
-                found = product if found is None else found + product
-            self.store_weights(2 * call.Q, LINEAR, t, jnp.where(waits, found, 0.0))
-
-        @pl.when(jnp.logical_not(some))
-        def _():
-            zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
-            self.store_weights(2 * call.Q, LINEAR, t, zeros)
 
 
 def turn(a, b, sin, cos):

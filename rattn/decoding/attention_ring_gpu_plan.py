@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Slots of a tile; bytes of one.
 TILE, TILE_BYTES = 64, 16 * 1024
@@ -16,7 +17,7 @@ SHARED_BYTES, SMALL_BYTES = 224 * 1024, 6 * 1024
 # Warpgroups that take keys, and the number of the first.
 KEY_WARPGROUPS, FIRST_TAKER = 2, 2
 # Registers of a thread that copies, that takes keys, that takes the rest: 512 together.
-COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 192, 104
+COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 128
 PROGRAMS = 132
 # Columns of the linear branch: the least that a product has.
 LINEAR = 8
@@ -41,26 +42,44 @@ class Call:
       columns: of weights: two sets of queries, and the linear branch's.
       most_key_tiles: that one of the warpgroups takes that take keys.
       slots: tiles that shared memory holds at a time.
-      states, values: numbers of the first copies of state and values, after those of keys.
+      waiting_tiles: the most in which keys wait for the fold.
+      waiting, states, values: after keys, numbers of the first copies of keys that wait, of the state and of values.
       copies: of a head.
     """
 
-    def __init__(self, B: int, K: int, G: int, S: int):
-        self.B, self.K, self.G, self.S = B, K, G, S
+    def __init__(self, B: int, K: int, G: int, S: int, W: int):
+        self.B, self.K, self.G, self.S, self.W = B, K, G, S, W
         self.Q, self.tiles = queries_of(G), tiles_of(S)
         self.columns = 2 * self.Q + LINEAR
         self.most_key_tiles = -(-self.tiles // KEY_WARPGROUPS)
         used = 2 * HEAD_DIM * (self.tiles * 2 * self.Q + 2 * LINEAR + 2 * (2 * self.Q + 2))
         used += 2 * self.columns * self.tiles * TILE + 4 * HEAD_DIM * (self.columns + LINEAR) + 4 * self.Q * TILE
         self.slots = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
+        self.waiting_tiles = _most_tiles(S, S - W)
         # Values wait for the weights of all keys, so keys are first.
-        self.states, self.values = self.tiles, self.tiles + STATE_TILES
+        self.waiting = self.tiles
+        self.states = self.waiting + self.waiting_tiles
+        self.values = self.states + STATE_TILES
         self.copies = self.values + self.tiles
 
     def slot(self, number):
         """Returns the place in shared memory of a head's copy `number`."""
         return jax.lax.rem(number, jnp.int32(self.slots))
 
-    def key_barrier(self, tile):
-        """Returns the number of the barrier that a tile of keys fills: one of its warpgroup and its slot."""
-        return jax.lax.rem(tile, jnp.int32(KEY_WARPGROUPS)) * self.slots + self.slot(tile)
+    def waiting_tile(self, n, newest, unfolded):
+        """Returns number n of the tiles that may hold keys that wait: from that of the oldest on, round the ring.
+
+        Args:
+          n: below `waiting_tiles`.
+          newest: the newest key's slot.
+          unfolded: keys that left the window since the fold.
+        """
+        oldest = newest - self.W - unfolded + 1
+        oldest = jnp.where(oldest < 0, oldest + self.S, oldest)
+        return jax.lax.rem(jax.lax.div(oldest, jnp.int32(TILE)) + n, jnp.int32(self.tiles))
+
+
+def _most_tiles(slots, count):
+    """Returns in how many tiles of a ring so many slots one after another may be."""
+    places = (np.arange(slots)[:, None] + np.arange(count)) % slots // TILE
+    return int(np.max([len(np.unique(row)) for row in places]))

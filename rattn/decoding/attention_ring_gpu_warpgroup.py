@@ -35,14 +35,13 @@ def shared_memory(call: Call) -> dict[str, Any]:
         "totals": plgpu.SMEM((KEY_WARPGROUPS, 4, 2 * Q), jnp.float32),
         "most": plgpu.SMEM((2 * Q,), jnp.float32),
         "weight": plgpu.SMEM((2 * Q,), jnp.float32),
-        # Who waits for a barrier has to do so every time, and a slot is now one warpgroup's and now another's.
-        "keys_full": plgpu.Barrier(num_barriers=KEY_WARPGROUPS * call.slots),
+        # Of tiles and not of slots, which are now one warpgroup's and now another's: who waits for a barrier has to wait
+        # for it every time.
+        "keys_full": plgpu.Barrier(num_barriers=call.tiles),
         "others_full": plgpu.Barrier(num_barriers=call.slots),
         "empty": plgpu.Barrier(num_barriers=call.slots),
         "new_full": plgpu.Barrier(num_arrivals=3, num_barriers=2),
         "new_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS + 1, num_barriers=2),
-        "phi_full": plgpu.Barrier(),
-        "phi_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
         "maxima_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
         "weights_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
         "weights_empty": plgpu.Barrier(),
@@ -89,20 +88,29 @@ class Warpgroup:
         if not self.plan.interpret:
             plgpu.griddepcontrol_wait()
 
-    def multiply(self, x, others, columns):
-        """Returns Σ x · otherᵀ, float32 [TILE, columns], of registers and shared memory."""
+    def multiply(self, *products):
+        """Returns Σ x · otherᵀ, float32 [TILE, columns], of each (x in registers, others in shared memory, columns)."""
         if self.plan.interpret:  # Its products read both from shared memory.
-            return sum(
-                jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32).T) for a, b in zip(x, others, strict=True)
-            )
+            return [
+                sum(
+                    jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32).T) for a, b in zip(x, others, strict=True)
+                )
+                for x, others, _ in products
+            ]
 
-        def scope(sums):
-            for a, b in zip(x, others, strict=True):
-                plgpu.wgmma(sums, a, b.transpose((1, 0)))
+        def scope(*sums):
+            for total, (x, others, _) in zip(sums, products, strict=True):
+                for a, b in zip(x, others, strict=True):
+                    plgpu.wgmma(total, a, b.transpose((1, 0)))
             plgpu.wgmma_wait(0)
-            return sums[...]
+            return [total[...] for total in sums]
 
-        return pl.run_scoped(scope, plgpu.ACC((TILE, columns), jnp.float32))
+        return pl.run_scoped(scope, *(plgpu.ACC((TILE, columns), jnp.float32) for *_, columns in products))
+
+    def store_weights(self, first, t, weights):
+        """Stores a tile's weights [TILE, columns], from row `first` on."""
+        place = self.weights.at[t, pl.ds(first, weights.shape[1])].transpose((1, 0))
+        place[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 class Copies(Warpgroup):
@@ -114,13 +122,14 @@ class Copies(Warpgroup):
             plgpu.griddepcontrol_launch_dependents()
 
         call, heads = self.call, self.heads()
-        # There is room for so many copies before what is new, which is of the kernel before.
-        first = min(call.slots, call.values)
+        # There is room for so many copies before what is new, which is of the kernel before, as is where keys wait.
+        first = min(call.slots, call.waiting)
 
         def of_head(i, b, h):
             def copy(begin, end):
                 for kind, lowest, highest in (
-                    ("k", 0, call.states),
+                    ("k", 0, call.waiting),
+                    ("w", call.waiting, call.states),
                     ("s", call.states, call.values),
                     ("v", call.values, call.copies),
                 ):
@@ -154,8 +163,9 @@ class Copies(Warpgroup):
                 source, slots = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
             else:
                 # What is past the ring's end reads as zeros.
-                source, slots = (self.k if kind == "k" else self.v).at[b, h, pl.ds(n * TILE, TILE)], self.rows
-            full = self.keys_full.at[call.key_barrier(number)] if kind == "k" else self.others_full.at[slot]
+                tile = call.waiting_tile(n, self.counts[b, 0], self.counts[b, 2]) if kind == "w" else n
+                source, slots = (self.v if kind == "v" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
+            full = self.keys_full.at[n] if kind == "k" else self.others_full.at[slot]
             plgpu.copy_gmem_to_smem(source, slots.at[slot], full)
             return ()
 

@@ -13,7 +13,7 @@ from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
 from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan
 from rattn.decoding.attention_ring_gpu import Plan
-from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, Call
+from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call
 from rattn.model.layers import rms_norm, rope_angles, rotate
 
 H, EPSILON, THETA = HEAD_DIM, 1e-6, 1e4
@@ -86,16 +86,16 @@ def assert_the_rings_never_wait_for_themselves(call):
     for i in range(heads):
         copies = [("copy", (i, number)) for number in range(call.copies)]
         # What is new is copied for the first head when there is no more room, for others before the values in front.
-        first = min(call.slots, call.values)
+        first = min(call.slots, call.waiting)
         programs["copy"] += copies[:first] + ([("copy", (0, "new"))] if i == 0 else []) + copies[first : call.values]
         programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < heads else []) + copies[call.values :]
         for number in range(KEY_WARPGROUPS):
-            programs[number] += [("need", (i, "new")), ("need", (i, "phi"))]
-            programs[number] += [("need", (i - 1, "answer"))] if i else []
+            programs[number] += [("need", (i, "new"))]
             programs[number] += [("take", (i, t)) for t in range(number, call.tiles, KEY_WARPGROUPS)]
+            programs[number] += [("need", (i - 1, "answer"))] if i else []
             programs[number] += [("make", (i, "weights", number))]
-        programs["answers"] += [("need", (i, "new")), ("make", (i, "phi"))]
-        programs["answers"] += [("take", (i, n)) for n in range(call.states, call.values)]
+        programs["answers"] += [("need", (i, "new"))]
+        programs["answers"] += [("take", (i, n)) for n in range(call.waiting, call.values)]
         programs["answers"] += [("need", (i, "weights", number)) for number in (0, 1)]
         programs["answers"] += [("take", (i, n)) for n in range(call.values, call.copies)] + [("make", (i, "answer"))]
     used, made, room = {}, set(), {"new": 2}
@@ -193,14 +193,26 @@ def interpreter(monkeypatch):
 def test_both_branches_by_hand(interpreter, monkeypatch, case):
     """One program takes all heads: each of its warpgroups is a thread of JAX's, which has eight here."""
     batch, heads, group, window, fold_tokens, *_ = case
-    assert_the_rings_never_wait_for_themselves(Call(batch, heads, group, window + fold_tokens))
+    assert_the_rings_never_wait_for_themselves(Call(batch, heads, group, window + fold_tokens, window))
     monkeypatch.setattr(attention_ring_gpu_plan, "PROGRAMS", 1)
     check(*case, interpret=True)
 
 
 @pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (1, 72), (4, 1088), (3, 1056)])
-def test_the_rings_never_wait_for_themselves(group, slots):
-    assert_the_rings_never_wait_for_themselves(Call(3, 1, group, slots))
+@pytest.mark.parametrize("fold_tokens", [8, 64])
+def test_the_rings_never_wait_for_themselves(group, slots, fold_tokens):
+    assert_the_rings_never_wait_for_themselves(Call(3, 1, group, slots, slots - fold_tokens))
+
+
+@pytest.mark.parametrize(("slots", "fold_tokens"), [(544, 32), (128, 28), (192, 92), (72, 8), (552, 100)])
+def test_tiles_in_which_keys_wait(slots, fold_tokens):
+    call = Call(1, 1, 4, slots, slots - fold_tokens)
+    for newest in range(slots):
+        for unfolded in (0, 1, fold_tokens // 2, fold_tokens):
+            waiting = (newest - call.W - np.arange(unfolded)) % slots // TILE
+            found = call.waiting_tile(np.arange(call.waiting_tiles), np.int32(newest), np.int32(unfolded))
+            assert set(waiting) <= set(np.asarray(found))
+            assert len(set(np.asarray(found))) == call.waiting_tiles
 
 
 def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatch):
