@@ -46,6 +46,8 @@ from rattn.decoding.cache import CacheLayout
 from rattn.decoding.layers import LayerSpec
 from rattn.model.layers import rope_angles
 
+# Key/value heads of all sequences from which it is used: with fewer, most multiprocessors would have no program.
+LEAST_HEADS = 64
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
 
@@ -55,6 +57,7 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
     slots = layout.slots(layer)
     return (
         layer.kind == "rattention"
+        and layout.batch * layer.kv_heads >= LEAST_HEADS
         and layer.window > 0
         and layout.dtype == "bfloat16"
         and layout.state_dtype == "float32"
@@ -77,13 +80,13 @@ class Plan:
       window: W.
       epsilon: of all norms.
       normed: whether queries and keys are normed for the softmax branch.
-      interpret: run on a CPU, to test it.
+      interpret: how to run it on a CPU, to test it, or None.
     """
 
     window: int
     epsilon: float
     normed: bool
-    interpret: bool = False
+    interpret: plgpu.InterpretGPUParams | None = None
 
 
 def turns(head_dim: int, theta: float | None, k_scale_H: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -170,14 +173,14 @@ def attend(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             **PROFILE,
         ),
-        interpret=plgpu.InterpretGPUParams() if plan.interpret else False,
+        interpret=plan.interpret or False,
         name="decode_attention_ring",
     )(qkv_BKAH, *kept, state_BKPH, counts, *angles, turns_4TR, *scales, *branch_scales)
     return found[:, :, :G], *(jax.freeze(x) for x in kept)
 
 
 def _kernel(call, plan, *refs):
-    shared, names = shared_memory(call), ("qkv", "k", "v", "state", "counts", "sin", "cos", "turns")
+    shared, names = shared_memory(call, plan.interpret), ("qkv", "k", "v", "state", "counts", "sin", "cos", "turns")
     names += ("q_scale", "k_scale", "softmax_scale", "linear_scale", "found")
     arrays = dict(zip(names, refs, strict=True))
 

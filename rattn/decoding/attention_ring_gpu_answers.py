@@ -45,12 +45,10 @@ class Answers(Warpgroup):
         plgpu.barrier_arrive(self.weights_empty)
 
     def store_phi(self, i):
-        """Writes φ(q), and once the ones by which squares are added up."""
+        """Writes φ(q), and once zeros as weights of keys that wait."""
 
         @pl.when(i == 0)
         def _():
-            ones = mosaic_gpu.rows_layout(2 * self.call.Q, TILE)
-            self.ones[...] = plgpu.layout_cast(jnp.ones((2 * self.call.Q, TILE), jnp.bfloat16), ones)
             # Of tiles in which no keys wait, the same for all heads.
             none = plgpu.layout_cast(jnp.zeros((LINEAR, TILE), jnp.bfloat16), mosaic_gpu.rows_layout(LINEAR, TILE))
 

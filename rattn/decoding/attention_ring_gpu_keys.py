@@ -29,6 +29,9 @@ class Keys(Warpgroup):
     def run(self) -> None:
         """Makes weights of the keys."""
         table = [plgpu.load(self.turns.at[n], layout=WGMMA, optimized=False) for n in range(4)]
+        rows = 2 * self.call.Q
+        ones = plgpu.layout_cast(jnp.ones((rows, TILE), jnp.bfloat16), mosaic_gpu.rows_layout(rows, TILE))
+        self.ones.at[self.taker][...] = ones
         self.wait_for_kernel_before()
         self.for_heads(functools.partial(self.weigh, table))
 
@@ -165,7 +168,7 @@ class Keys(Warpgroup):
         products = [([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)]
         if not self.plan.normed:
             return self.multiply(*products)[0]
-        found, squares = self.multiply(*products, ([ka * ka + kb * kb], [self.ones], columns))
+        found, squares = self.multiply(*products, ([ka * ka + kb * kb], [self.ones.at[self.taker]], columns))
         return found * jax.lax.rsqrt(squares / HEAD_DIM + self.plan.epsilon)
 
 

@@ -53,7 +53,8 @@ class Call:
         self.columns = 2 * self.Q + LINEAR
         self.most_key_tiles = -(-self.tiles // KEY_WARPGROUPS)
         used = 2 * HEAD_DIM * (self.tiles * 2 * self.Q + 2 * LINEAR + 2 * (2 * self.Q + 2))
-        used += 2 * self.columns * self.tiles * TILE + 4 * HEAD_DIM * (self.columns + LINEAR) + 4 * self.Q * TILE
+        used += 2 * TILE * (self.tiles * self.columns + KEY_WARPGROUPS * 2 * self.Q)
+        used += 4 * HEAD_DIM * (self.columns + LINEAR)
         self.slots = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
         self.waiting_tiles = _most_tiles(S, S - W)
         # Values wait for the weights of all keys, so keys are first.

@@ -14,19 +14,21 @@ from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUP
 WGMMA = plgpu.Layout.WGMMA
 
 
-def shared_memory(call: Call) -> dict[str, Any]:
+def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
     """Types of a program's shared memory, by the names of `Warpgroup`."""
     bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
     halves = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
     Q = call.Q
+    tiles = (
+        plgpu.SMEM((call.slots, TILE, HEAD_DIM), bf16, transforms=tiled),
+        plgpu.SMEM((call.slots, TILE, HALF), jnp.float32, transforms=halves),
+    )
     return {
-        "tiles": plgpu.RefUnion(
-            plgpu.SMEM((call.slots, TILE, HEAD_DIM), bf16, transforms=tiled),
-            plgpu.SMEM((call.slots, TILE, HALF), jnp.float32, transforms=halves),
-        ),
+        # As one it would not do for the search for races, which knows no parts of a union.
+        "tiles": tiles if interpret else plgpu.RefUnion(*tiles),
         "new": plgpu.SMEM((2, 2 * Q + 2, HEAD_DIM), bf16),
         "queries": plgpu.SMEM((call.tiles, 2 * Q, HEAD_DIM), bf16, transforms=tiled),
-        "ones": plgpu.SMEM((2 * Q, TILE), bf16, transforms=tiled),
+        "ones": plgpu.SMEM((KEY_WARPGROUPS, 2 * Q, TILE), bf16, transforms=tiled),
         "phi": plgpu.SMEM((2 * HEAD_DIM // TILE, LINEAR, TILE), bf16, transforms=tiled),
         "weights": plgpu.SMEM((call.tiles, call.columns, TILE), bf16, transforms=tiled),
         "out": plgpu.SMEM((call.columns + LINEAR, HEAD_DIM), jnp.float32),
@@ -35,8 +37,8 @@ def shared_memory(call: Call) -> dict[str, Any]:
         "totals": plgpu.SMEM((KEY_WARPGROUPS, 4, 2 * Q), jnp.float32),
         "most": plgpu.SMEM((2 * Q,), jnp.float32),
         "weight": plgpu.SMEM((2 * Q,), jnp.float32),
-        # Of tiles and not of slots, which are now one warpgroup's and now another's: who waits for a barrier has to wait
-        # for it every time.
+        # Of tiles and not of slots: who waits for a barrier has to wait for it every time, and a slot is now one
+        # warpgroup's and now another's.
         "keys_full": plgpu.Barrier(num_barriers=call.tiles),
         "others_full": plgpu.Barrier(num_barriers=call.slots),
         "empty": plgpu.Barrier(num_barriers=call.slots),

@@ -52,7 +52,8 @@ class Decoder:
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
             `rattn.decoding.attention_gpu` fits, or "pallas_gpu_ring", on a Hopper GPU, which has another kernel for
-            layers that `attention_ring_gpu` fits. "auto" takes "pallas_gpu" on one GPU and "xla" elsewhere.
+            layers and batches that `attention_ring_gpu` fits. "auto" takes "pallas_gpu_ring" on one Hopper GPU,
+            "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
             "pallas_gpu" (`rattn.decoding.products_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, on a
             Hopper GPU), whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and
@@ -79,10 +80,11 @@ class Decoder:
         self._fold_tokens, self._state_dtype = fold_tokens, state_dtype
         platform = sharding.mesh.devices.flat[0].platform
         one_gpu = platform == "gpu" and sharding.mesh.size == 1
+        one_hopper = one_gpu and devices.on_hopper()
         if attention == "auto":
-            attention = "pallas_gpu" if one_gpu else "xla"
+            attention = "pallas_gpu_ring" if one_hopper else "pallas_gpu" if one_gpu else "xla"
         if products == "auto":
-            products = "pallas_gpu" if one_gpu and devices.on_hopper() else "xla"
+            products = "pallas_gpu" if one_hopper else "xla"
         for name, value in (("attention", attention), ("products", products)):
             if value in ("pallas_gpu_persistent", "pallas_gpu_ring") and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
