@@ -5,16 +5,23 @@
     o = rms_norm(o₁) · γ₁ + rms_norm(o₂) · γ₂
 
 A step reads some 400 KB for a key/value head of a sequence, and all that counts is that memory never rests. So the copy
-engine brings them, a head after another, as fast as there is room, and the first before the kernel before this one is
-done: what is in the cache does not depend on it. One program on a multiprocessor has four warpgroups: one copies, two
-take the keys, a tile each in turn, and one takes the state and the values.
+engine brings tiles of 64 slots through one ring of shared memory, a head after another, as fast as there is room: keys,
+the state, values. The first are asked for before the kernel before this one is done, for what is in the cache does not
+depend on it. A program has a multiprocessor for itself and four warpgroups:
+
+    copies    keys … keys that wait … state … values                                         `Copies`
+    keys      every other tile of keys: scores, their maximum, weights                       `Keys`, two of them
+    answers   φ(q), weights of keys that wait, the state, and when weights are there values  `Answers`
 
 A ring's keys are kept as projected, for the state takes them so. They go from shared memory to registers once, are
 normed and turned by their place in their tile there, and from there to the tensor cores. Queries are turned by the age
 of the tile's first slot, twice: as if the tile were written since the ring went round, and as if before (the ring's
 seam is in the tile of the newest slot); each key counts in one of the two. All scores of a head fit in registers, so
-that there is one maximum and one sum for it, no rescaling. Keys that wait for the fold have columns of weights of
-their own. Keys, dims of values and of the state are the long side of each product and queries the short one.
+that there is one maximum and one sum for it, no rescaling. Keys that wait for the fold are in one or two of the tiles,
+which are copied twice, and have columns of weights of their own. Keys, dims of values and of the state are the long
+side of each product and queries the short one.
+
+Work on tiles is in loops, not written out: instructions that run once are fetched more slowly than they are done.
 """
 
 import dataclasses
