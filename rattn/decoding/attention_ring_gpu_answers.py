@@ -79,7 +79,7 @@ class Answers(Warpgroup):
     def weigh_waiting(self, b, n, _):
         """Writes the linear branch's weights of tile number n of those in which keys may wait for the fold."""
         call, W = self.call, self.plan.window
-        newest, known, unfolded = (self.counts[b, n] for n in range(3))
+        newest, known, unfolded = (self.counts[b, column] for column in range(3))
         t, slot = call.waiting_tile(n, newest, unfolded), call.slot(call.waiting + n)
         plgpu.barrier_wait(self.others_full.at[slot])
         last = newest - W

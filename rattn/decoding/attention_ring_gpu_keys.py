@@ -57,7 +57,7 @@ class Keys(Warpgroup):
             slot = call.slot(t)
             with jax.named_scope("wait for keys"):
                 plgpu.barrier_wait(self.keys_full.at[t])
-            halves = [self.rows.at[slot, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
+            halves = [self.rows.at[slot, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
             plgpu.barrier_arrive(self.empty.at[slot])
             with jax.named_scope("score keys"):
