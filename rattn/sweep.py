@@ -33,16 +33,17 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     if not values.workdir:
         raise UserError("There is no --workdir; name the folder that holds, or will hold, the sweep's results.")
     results = Results(pathlib.Path(values.workdir))
-    for other in values.merge:
+    merged = _listed(values.merge)
+    for other in merged:
         _merge(results, other)
     if config is None:
-        if not (values.merge or values.report_only or values.archive):
+        if not (merged or values.report_only or values.archive):
             raise UserError("There is no --config; name a recipe, such as --config configs/small.py, and a --sweep.")
         return _finish(results, None, values, 0)
     if not values.sweep:
         raise UserError("There is no --sweep; name a sweep file, such as --sweep configs/sweeps/window.py.")
     sweep = load_sweep(values.sweep, take_recipe(sys.argv)[0], config)
-    chosen = select(sweep.points, values.only, values.shard)
+    chosen = select(sweep.points, _listed(values.only), values.shard)
     if values.dry_run:
         states = {point.name: "done" if results.of(point) else "" for point in chosen}
         topology = parse_topology(values.topology, values.slices) if values.topology else None
@@ -67,6 +68,11 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         fill_launcher(values.launcher, [], stage="", name="", workdir="")
     _describe(sweep, results.workdir)
     return _finish(results, sweep, values, runner.run(chosen))
+
+
+def _listed(given: list[str]) -> list[str]:
+    """The values of a flag that takes several, with commas between them or each with the flag anew."""
+    return [word for words in given for word in map(str.strip, words.split(",")) if word]
 
 
 def _merge(results: Results, other: str) -> None:
@@ -128,7 +134,7 @@ def _list(runner: Runner, results: Results, points: list[Point], launcher: str) 
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", None, "The sweep file: what points there are.")
     flags.DEFINE_string("workdir", None, "Folder of runs, results and report, on a local file system.")
-    flags.DEFINE_list("only", [], "Points to run: names or patterns, such as 'rattention-*,full-seed0'.")
+    flags.DEFINE_multi_string("only", [], "Points to run: names or patterns, such as 'rattention-*,full-seed0'.")
     flags.DEFINE_string("shard", "", "Which part of the points to run: 2/3 is the second of three.")
     flags.DEFINE_boolean("dry_run", False, "Print the points and what they cost, and run nothing.")
     flags.DEFINE_alias("dry-run", "dry_run")
@@ -148,7 +154,7 @@ if __name__ == "__main__":
         "train_alone", False, "Of the sweeps in this workdir with the same CUDA_VISIBLE_DEVICES, one trains at a time."
     )
     flags.DEFINE_boolean("delete_checkpoints", False, "Delete the checkpoints of finished points that none needs.")
-    flags.DEFINE_list("merge", [], "Workdirs or archives whose results to take over.")
+    flags.DEFINE_multi_string("merge", [], "Workdirs or archives whose results to take over.")
     flags.DEFINE_string(
         "archive", "", "File (.tar.xz) into which all results are packed as they come, for --merge elsewhere."
     )

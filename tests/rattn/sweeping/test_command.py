@@ -9,6 +9,7 @@ import jax
 
 from rattn.planning.topologies import parse_topology
 from rattn.sweeping.costs import cost_table, trained_tokens
+from rattn.sweeping.results import Results
 from tests.rattn.conftest import RECIPE
 from tests.rattn.sweeping.conftest import BRANCHES
 
@@ -57,6 +58,21 @@ def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder)
     measured = {(row["mixer"], row["window"], row["seed"], row["length"]) for row in rows}
     assert measured == {("full", "", seed, length) for seed in "01" for length in "12"}
     assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 5 for row in rows)
+
+
+def test_what_is_merged_may_be_named_with_commas_or_one_by_one(sweep_of, run, tmp_path):
+    points = "def sweep(add):\n    for window in (2, 4, 8):\n        add(window=window)\n"
+    archives = [tmp_path / f"{letter}.tar.xz" for letter in "abc"]
+    for archive, point in zip(archives, sweep_of(points).points, strict=True):
+        _, results, _ = run(sweep_of(points), chosen=[point], workdir=archive.stem)
+        assert results.write_archive(archive) == 1
+    first, second, third = map(str, archives)
+    workdir = f"--workdir={tmp_path / 'all'}"
+    process = command("--merge", f"{first},{second}", "--merge", third, workdir, "--noreport")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [f"{archive}: 1 new results, 0 known." for archive in archives] == out.splitlines()
+    assert len(Results(tmp_path / "all").all()) == 3
 
 
 def test_the_command_answers_in_one_sentence():
