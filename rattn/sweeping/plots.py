@@ -1,6 +1,6 @@
 """The report's figures of loss against window and costs: each function draws one, or nothing where results lack it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from rattn.sweeping.panels import panel_plots
@@ -24,6 +24,13 @@ from rattn.sweeping.verdict import epsilon_of
 # After plot_style, which says what to do where matplotlib is missing.
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
+
+# Points from the middle of a marker to its label, and where that goes: (right, up).
+LABEL_GAP = 4.5
+SIDES = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def plots(group: Group, epsilon: float | None, curves: Mapping[str, Mapping[int, float]]) -> list[Plot]:
@@ -66,7 +73,7 @@ def _against_window(group: Group, axes: Axes, epsilon: float | None) -> tuple[st
     window_ticks(axes, group.windows)
     axes.set(xlabel="window W (tokens, the query included)", ylabel=_loss_label(group))
     _bits_axis(group, axes)
-    keep_the_rest_in_view(axes, {variant.label: [_height(group, variant)] for variant in group.variants})
+    keep_the_rest_in_view(axes, {variant.label: _heights(group, variant) for variant in group.variants})
     for variant in group.variants:
         if variant.window is None and _height(group, variant) < axes.get_ylim()[1]:
             axes.annotate(
@@ -84,10 +91,9 @@ def _against_window(group: Group, axes: Axes, epsilon: float | None) -> tuple[st
 def _against_cache(group: Group, axes: Axes, epsilon: float | None) -> tuple[str, str]:
     """Loss over decode cache, with the Pareto front."""
     scale, unit = (2**20, "MiB") if max(run.cache_bytes for run in group.runs) >= 2**21 else (2**10, "KiB")
-    front = _scatter_with_front(group, axes, lambda run: run.cache_bytes / scale)
     context = group.runs[0].own["context_length"]
-    log_axis(axes)
     axes.set(xlabel=f"decode cache of one sequence of {context:,} tokens ({unit})", ylabel=_loss_label(group))
+    front = _scatter_with_front(group, axes, lambda run: run.cache_bytes / scale, logarithmic=True)
     return "Loss against decode cache", f"{_what(group)} {front} Keys and values in bf16, states in float32."
 
 
@@ -95,8 +101,8 @@ def _against_step_time(group: Group, axes: Axes, epsilon: float | None) -> tuple
     """Loss over training step time, with the Pareto front."""
     if not all(run.step_seconds for run in group.runs):
         return None
-    front = _scatter_with_front(group, axes, lambda run: run.step_seconds * 1000)
     axes.set(xlabel="training step (ms)", ylabel=_loss_label(group))
+    front = _scatter_with_front(group, axes, lambda run: run.step_seconds * 1000)
     devices = sorted({run.evaluation["device"] for run in group.runs})
     where = f"Measured on {', '.join(devices)}."
     if len(devices) > 1:
@@ -124,8 +130,8 @@ def _what(group: Group) -> str:
     return f"Validation loss less full attention's at the same seed (mean over seeds {level:.4f})."
 
 
-def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float]) -> str:
-    """Draws each variant at (cost, loss); returns what the caption says of the front."""
+def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float], *, logarithmic: bool = False) -> str:
+    """Draws each variant at (cost, loss) into labelled axes; returns what the caption says of the front."""
     points = [(variant.mean(cost), _height(group, variant)) for variant in group.variants]
     front = pareto_front(points)
     if len(front) > 1:
@@ -133,23 +139,61 @@ def _scatter_with_front(group: Group, axes: Axes, cost: Callable[[Run], float]) 
     for mixer in dict.fromkeys(variant.mixer for variant in group.variants):
         places = [point for point, variant in zip(points, group.variants, strict=True) if variant.mixer == mixer]
         axes.plot(*zip(*places, strict=True), marker(mixer), color=colour(mixer), label=mixer, markersize=7)
-    for (x, y), variant in zip(points, group.variants, strict=True):
-        if variant.window is not None:
-            # Of one mixer above its markers, of another below, for equal windows often lie close.
-            first = variant.mixer == group.windowed[0]
-            axes.annotate(
-                str(variant.window), (x, y), xytext=(5, 4) if first else (-5, -5), textcoords="offset points",
-                ha="left" if first else "right", va="bottom" if first else "top", fontsize=8,
-                color=colour(variant.mixer),
-            )  # fmt: skip
     axes.margins(0.12)
+    if logarithmic:
+        log_axis(axes)
     keep_the_rest_in_view(axes, {variant.label: [_height(group, variant)] for variant in group.variants})
     legend(axes.figure, 4)
+    _label_windows(group, axes, points)
     if len(points) == 1:
         return ""
     if len(front) == 1:
         return f"No line, for {group.variants[front[0]].label} has both the smallest cost and the lowest loss."
     return "The line is the Pareto front: no point has both a smaller cost and a lower loss than one on it."
+
+
+def _label_windows(group: Group, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Writes each window beside its marker, on the first side where it covers no marker and no other text.
+
+    Where every side covers something, on the one that covers least; call it when all else is drawn.
+    """
+    axes.figure.draw_without_rendering()  # Lays the axes out.
+    renderer, radius = axes.figure.canvas.get_renderer(), LABEL_GAP * axes.figure.dpi / 72
+    markers = [Bbox([(x - radius, y - radius), (x + radius, y + radius)]) for x, y in axes.transData.transform(points)]
+    taken = markers + [text.get_window_extent(renderer) for text in axes.texts]
+    for point, variant in zip(points, group.variants, strict=True):
+        if variant.window is None or not axes.get_ylim()[0] <= point[1] <= axes.get_ylim()[1]:
+            continue
+        label = axes.annotate(
+            str(variant.window),
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour(variant.mixer),
+        )
+        # Of one mixer above its markers first, of another below, for equal windows often lie close.
+        sides = SIDES if variant.mixer == group.windowed[0] else [(-right, -up) for right, up in SIDES]
+        boxes = [_placed(label, side, renderer) for side in sides]
+        covered = [sum(_shared_area(box, other) for other in taken) for box in boxes]
+        best = covered.index(min(covered))
+        taken.append(_placed(label, sides[best], renderer))
+
+
+def _placed(label: Annotation, side: tuple[int, int], renderer: RendererBase) -> Bbox:
+    """Moves a label to a side of its point; returns the box that it takes there."""
+    right, up = side
+    label.set(
+        position=(LABEL_GAP * right, LABEL_GAP * up),
+        horizontalalignment=("right", "center", "left")[right + 1],
+        verticalalignment=("top", "center", "bottom")[up + 1],
+    )
+    return label.get_window_extent(renderer)
+
+
+def _shared_area(one: Bbox, other: Bbox) -> float:
+    both = Bbox.intersection(one, other)
+    return both.width * both.height if both else 0.0
 
 
 def _bits_axis(group: Group, axes: Axes) -> None:

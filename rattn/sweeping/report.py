@@ -45,7 +45,7 @@ section > .scroll { margin: 0 0 2rem; } .scroll { overflow-x: auto; }
 figure svg { display: block; width: 100%; min-width: 26rem; height: auto; }
 figure svg text { font-family: system-ui, sans-serif; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 td.good { font-weight: 600; } code { font-size: .9em; overflow-wrap: anywhere; }
