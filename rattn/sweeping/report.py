@@ -274,16 +274,23 @@ def _page(
 
 def _facts(results: Sequence[Result]) -> list[str]:
     """What a reader must know before comparing: hardware, data, evaluation."""
-    runs = [run for group in grouped(results) for run in group.runs]
+    groups = grouped(results)
+    runs = [run for group in groups for run in group.runs]
     devices = sorted({run.evaluation["device"] for run in runs})
     facts = [f"Evaluated on {', '.join(devices)}."]
-    if len({run.evaluation["data_fingerprint"] for run in runs}) > 1:
+    data: dict[tuple[str, int], set[str]] = {}
+    for group in groups:
+        for run in group.runs:
+            data.setdefault((group.name, run.seed), set()).add(run.evaluation["data_fingerprint"])
+    if max(map(len, data.values())) > 1:
         facts.append("The results come from different data (their fingerprints differ): losses do not compare.")
-    targets = {run.own["targets"] for run in runs}
-    if len(targets) > 1:
+    elif len(set.union(*data.values())) > 1:
+        facts.append("Groups or seeds have data of their own: losses compare within a group, at equal seeds.")
+    targets = [{run.own["targets"] for run in group.runs} for group in groups]
+    if max(map(len, targets)) > 1:
         facts.append("The results were measured on different numbers of targets: compare within one evaluation only.")
-    else:
-        facts.append(f"Each loss is of the same {targets.pop():,} held-out tokens.")
+    elif len(set.union(*targets)) == 1:
+        facts.append(f"Each loss is of the same {targets[0].pop():,} held-out tokens.")
     names = ", ".join(f"{result['name']} ({result['identity']})" for result in repeated(results))
     if names:
         facts.append(
