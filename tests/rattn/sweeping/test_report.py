@@ -186,8 +186,7 @@ def test_the_report_is_whole_and_needs_nothing_else(sweep_of, tmp_path):
 def test_different_data_are_said_where_losses_are_compared(sweep_of, tmp_path):
     """Recall draws its rows by seed: only runs of one group and seed must have the same."""
     sweep = sweep_of(
-        "def sweep(add):\n    for steps in (60, 90):\n        for seed in (0, 1):\n            for window in (2, 4):\n"
-        "                add(total_steps=steps, seed=seed, window=window)\n"
+        "def sweep(add):\n    for seed in (0, 1):\n        for W in (2, 4):\n            add(seed=seed, window=W)\n"
     )
 
     def said(changed):
@@ -197,8 +196,6 @@ def test_different_data_are_said_where_losses_are_compared(sweep_of, tmp_path):
         text = write_report(results, [], tmp_path, None).read_text()
         return "losses do not compare" in text, "losses compare within a group, at equal seeds" in text
 
-    assert said(lambda point: False) == (False, False)
-    assert said(lambda point: point.config.total_steps == 60) == (False, True)
     assert said(lambda point: point.config.seed == 1) == (False, True)
     assert said(lambda point: point.config.model.window == 4) == (True, False)
 
