@@ -50,12 +50,13 @@ EVALUATION = ("--lengths=1,2,4,8",)
 
 def sweep(add):
     for models in TIERS:
-        trunks = [_small_budget(add, model) for model in models]
+        trunks = [small_budget(add, model) for model in models]
         for trunk, model in zip(trunks, models, strict=True):
             _large_budget(add, trunk, model)
 
 
-def _small_budget(add, model):
+def small_budget(add, model):
+    """Adds the point of a model at 50 M tokens, which keeps the checkpoint that the large budget goes on from."""
     config = {"total_steps": SMALL_STEPS, "optimizer.decay_steps": SMALL_DECAY, "checkpoint.keep_steps": (BRANCH_STEP,)}
     name = "-".join([*(str(value) for key, value in model.items() if key != "seed"), f"seed{model['seed']}"])
     return add(config, name=f"50M-{name}", group="50 M tokens", **model)

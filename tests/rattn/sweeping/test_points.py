@@ -84,7 +84,13 @@ def test_a_bad_point_gets_a_sentence(sweep_of, body, words):
 
 @pytest.mark.parametrize(
     ("sweep", "recipe", "count"),
-    [("window", "small", 48), ("recall", "recall", 30), ("tiny_window", "tiny", 5), ("tiny_recall", "recall", 6)],
+    [
+        ("window", "small", 48),
+        ("english", "small", 10),
+        ("recall", "recall", 30),
+        ("tiny_window", "tiny", 5),
+        ("tiny_recall", "recall", 6),
+    ],
 )
 def test_the_sweeps_that_are_here_resolve(sweep, recipe, count):
     path = f"configs/{recipe}.py"

@@ -1,0 +1,31 @@
+"""The window study's small budget on English: documentation and speeches, three epochs, one GPU.
+
+    scripts/english_text.sh build/english
+    python -m rattn.prepare --task text_files --files 'build/english/*/*.txt' --train_vocabulary_size 8192 \\
+      --out data/english-8192
+    python -m rattn.sweep --config configs/small.py --sweep configs/sweeps/english.py --workdir runs/english
+
+Models, schedule and batches are `configs/sweeps/window.py`'s; the text alone is another, so that what the study finds
+of code can be seen not to be of code alone. Points stand in the order of their priority.
+"""
+
+from configs.sweeps import window
+from rattn.sweeping.points import product
+
+COMMON = window.COMMON | {"data.task": "text_files", "data.path": "data/english-8192"}
+EVALUATION = window.EVALUATION
+
+
+def sweep(add):
+    for seed in (0, 1):
+        for model in (
+            *product(mixer=["full"]),
+            *product(mixer=["rattention", "swa"], window=[64]),
+        ):
+            window.small_budget(add, model | {"seed": seed})
+    for model in (
+        *product(mixer=["rattention", "swa"], window=[256]),
+        *product(mixer=["linear"]),
+        *product(mixer=["full"], seed=[2]),
+    ):
+        window.small_budget(add, {"seed": 0} | model)
