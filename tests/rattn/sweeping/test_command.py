@@ -1,6 +1,7 @@
 """The command: its dry run, one real sweep from command to report, and a mistake."""
 
 import csv
+import html
 import os
 import subprocess
 import sys
@@ -37,10 +38,10 @@ def test_the_dry_run_counts_what_is_left(sweep_of):
 
 
 def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder):
-    """Two seeds, of which the second compiles little anew; then merged into an empty workdir and reported there."""
+    """Two seeds, of which the second compiles little anew, and a window; then merged and reported elsewhere."""
     workdir, archive = tmp_path / "sweep", tmp_path / "all.tar.xz"
     arguments = [f"--config={RECIPE}", "--sweep=configs/sweeps/tiny_window.py", f"--workdir={workdir}"]
-    arguments += [f"--config.data.path={stream_folder}", "--only=full-*"]
+    arguments += [f"--config.data.path={stream_folder}", "--only=full-*,rattention-window16-*"]
     arguments += ["--config.log.tensorboard=false", "--delete_checkpoints", "--noreport"]
     process = command(*arguments, f"--archive={archive}")
     out, err = process.communicate(timeout=300)
@@ -50,13 +51,14 @@ def test_a_cut_of_the_tiny_sweep_from_command_to_report(tmp_path, stream_folder)
     process = command("--merge", str(archive), "--workdir", str(tmp_path / "there"), "--report_only")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "2 new results, 0 known" in out
+    assert "3 new results, 0 known" in out
     text = (tmp_path / "there" / "report" / "report.html").read_text()
-    assert "No verdict: no point has a window" in text
+    assert "twice full attention's spread (sample standard deviation) over 2 seeds" in html.unescape(text)
     with (tmp_path / "there" / "report" / "results.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     measured = {(row["mixer"], row["window"], row["seed"], row["length"]) for row in rows}
-    assert measured == {("full", "", seed, length) for seed in "01" for length in "12"}
+    points = ("full", "", "0"), ("full", "", "1"), ("rattention", "16", "0")
+    assert measured == {(*point, length) for point in points for length in "12"}
     assert all(float(row["tokens_per_second"]) > 0 and 2 < float(row["loss"]) < 5 for row in rows)
 
 
