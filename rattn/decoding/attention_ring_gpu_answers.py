@@ -35,6 +35,7 @@ class Answers(Warpgroup):
         with jax.named_scope("state"):
             for half in range(2):
                 self.store_out(call.columns, half * HALF, self.read_state(half))
+        plgpu.commit_smem()  # The weights of keys that wait, for all warps and the tensor cores.
         with jax.named_scope("wait for weights"):
             plgpu.barrier_wait(self.weights_full)
         with jax.named_scope("values"):
