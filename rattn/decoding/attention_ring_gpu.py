@@ -75,7 +75,6 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
         # Whole lines of eight for the copy engine, and a tile for each warpgroup that takes keys.
         and slots % 8 == 0
         and (KEY_WARPGROUPS - 1) * TILE < slots <= MOST_TILES * TILE
-        and Call(1, 1, layer.group, slots, layer.window).slots > 1
     )
 
 
@@ -159,7 +158,8 @@ def attend(
     B, K, S, H = k_BKSH.shape
     G = qkv_BKAH.shape[2] - 2
     call = Call(B, K, G, S, plan.window)
-    assert call.slots > 1, "A slot is free when the one after it is multiplied."
+    assert call.places > 1, "A place is free when the values in the one after it are multiplied."
+    # The same newest and unfolded for all: `Answers` zeroes the weights of tiles in which no keys wait once a program.
     counts = jnp.stack([jnp.broadcast_to(newest, (B,)), known_B, jnp.broadcast_to(unfolded, (B,))], axis=1)
     branch_scales = [jnp.pad(x, ((0, 0), (0, call.Q - G), (0, 0))) for x in branch_scales]
     kept = [jax.new_ref(x) for x in (k_BKSH, v_BKSH)]

@@ -46,11 +46,11 @@ class Answers(Warpgroup):
         plgpu.barrier_arrive(self.weights_empty)
 
     def store_phi(self, i):
-        """Writes φ(q), and once zeros as weights of keys that wait."""
+        """Waits for a head's queries and writes φ of them; for the first head, zeros as weights of keys that wait."""
 
         @pl.when(i == 0)
         def _():
-            # Of tiles in which no keys wait, the same for all heads.
+            # Of tiles in which no keys wait: the same for all heads, as newest and unfolded are.
             none = plgpu.layout_cast(jnp.zeros((LINEAR, TILE), jnp.bfloat16), mosaic_gpu.rows_layout(LINEAR, TILE))
 
             def store(t, _):
@@ -60,7 +60,7 @@ class Answers(Warpgroup):
             jax.lax.fori_loop(0, self.call.tiles, store, ())
 
         layout = mosaic_gpu.rows_layout(LINEAR, HALF)
-        slot = jax.lax.rem(i, jnp.int32(2))
+        slot = self.new_slot(i)
         plgpu.barrier_wait(self.new_full.at[slot])
         halves = [self.new.at[slot, pl.ds(0, LINEAR), pl.ds(m * HALF, HALF)] for m in (0, 1)]
         halves = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in halves]
@@ -79,10 +79,10 @@ class Answers(Warpgroup):
 
     def weigh_waiting(self, b, n, _):
         """Writes the linear branch's weights of tile number n of those in which keys may wait for the fold."""
-        call, W = self.call, self.plan.window
+        call, W = self.call, self.call.W
         newest, known, unfolded = (self.counts[b, column] for column in range(3))
-        t, slot = call.waiting_tile(n, newest, unfolded), call.slot(call.waiting + n)
-        plgpu.barrier_wait(self.others_full.at[slot])
+        t, place = call.waiting_tile(n, newest, unfolded), call.place(call.waiting + n)
+        plgpu.barrier_wait(self.others_full.at[place])
         last = newest - W
         first = last - unfolded + 1
         begin, end = t * TILE, (t + 1) * TILE - 1
@@ -90,7 +90,7 @@ class Answers(Warpgroup):
 
         @pl.when(some)
         def _():
-            halves = [self.rows.at[slot, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
+            halves = [self.rows.at[place, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
 
             def of_sign(sign, total):
@@ -110,19 +110,19 @@ class Answers(Warpgroup):
             waits = (ages >= W) & (ages < W + unfolded) & (ages < known) & (row < call.S)
             self.store_weights(2 * call.Q, t, jnp.where(waits, found, 0.0))
 
-        plgpu.barrier_arrive(self.empty.at[slot])
+        plgpu.barrier_arrive(self.empty.at[place])
         return ()
 
     def read_state(self, half):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
 
         def of_tile(n, total):
-            slot = self.call.slot(self.call.states + half * (STATE_TILES // 2) + n)
-            plgpu.barrier_wait(self.others_full.at[slot])
-            tile = self.states.at[slot].transpose((1, 0))
+            place = self.call.place(self.call.states + half * (STATE_TILES // 2) + n)
+            plgpu.barrier_wait(self.others_full.at[place])
+            tile = self.states.at[place].transpose((1, 0))
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
             x = plgpu.layout_cast(x.astype(jnp.bfloat16), WGMMA)
-            plgpu.barrier_arrive(self.empty.at[slot])
+            plgpu.barrier_arrive(self.empty.at[place])
             return total + self.multiply(([x], [self.phi.at[n]], LINEAR))[0]
 
         none = plgpu.layout_cast(jnp.zeros((HALF, LINEAR), jnp.float32), WGMMA)
@@ -134,17 +134,17 @@ class Answers(Warpgroup):
 
         def scope(sums):
             def of_tile(t, _):
-                slot = call.slot(call.values + t)
-                plgpu.barrier_wait(self.others_full.at[slot])
-                values, weights = self.rows.at[slot], self.weights.at[t]
+                place = call.place(call.values + t)
+                plgpu.barrier_wait(self.others_full.at[place])
+                values, weights = self.rows.at[place], self.weights.at[t]
                 plgpu.wgmma(sums, values.transpose((1, 0)), weights.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # All before this tile are done.
-                pl.when(t > 0)(lambda: plgpu.barrier_arrive(self.empty.at[call.slot(call.values + t - 1)]))
+                pl.when(t > 0)(lambda: plgpu.barrier_arrive(self.empty.at[call.place(call.values + t - 1)]))
                 return ()
 
             jax.lax.fori_loop(0, call.tiles, of_tile, ())
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(self.empty.at[(call.copies - 1) % call.slots])
+            plgpu.barrier_arrive(self.empty.at[(call.copies - 1) % call.places])
             return sums[...]
 
         return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, call.columns), jnp.float32))
@@ -157,19 +157,20 @@ class Answers(Warpgroup):
     def finish(self, i, b, h, layout, scales):
         """Adds up, norms and adds the branches."""
         call, Q = self.call, self.call.Q
-        shape, slot = (Q, HEAD_DIM), jax.lax.rem(i, jnp.int32(2))
+        shape, slot = (Q, HEAD_DIM), self.new_slot(i)
 
         def across(x, dim=0):
             return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
 
         def rows(ref, part):
-            """Loads [Q] numbers of those keys that were written since the ring went round, or before."""
+            """Loads [Q] numbers of the keys written since the ring went round (part 0), or before (1)."""
             return plgpu.load(ref.at[pl.ds(part * Q, Q)], layout=layout.reduce(1), optimized=False)
 
         def out(first):
             return plgpu.load(self.out.at[pl.ds(first, Q)], layout=layout, optimized=False)
 
         most = [rows(self.most, part) for part in (0, 1)]
+        # A part of which no key is visible has LEAST as its maximum and weights of 1, which this makes 0.
         shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
         weight = rows(self.weight, 0)
         warps = [self.totals.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)]

@@ -41,25 +41,25 @@ class Keys(Warpgroup):
 
     def weigh(self, table, i, b, h):
         """Writes the softmax branch's weights of a head's keys, their maximum and sums."""
-        call, plan = self.call, self.plan
+        call = self.call
         newest, known = self.counts[b, 0], self.counts[b, 1]
-        reach = jnp.minimum(plan.window, known)
+        reach = jnp.minimum(call.W, known)
         with jax.named_scope("turn queries"):
             self.turn_queries(i)
             plgpu.commit_smem()
         shape = TILE, 2 * call.Q
         row, column = (plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, dim), WGMMA) for dim in (0, 1))
-        # How old a key in slot 0 would be, were it of this round or of the one before.
+        # Ages of the first tile's keys, were they written since the ring went round (columns below Q) or before it did.
         begin = newest + jnp.where(column >= call.Q, call.S, 0) - row
 
         def of_tile(n, scores):
             t = self.tile(n)
-            slot = call.slot(t)
+            place = call.place(t)
             with jax.named_scope("wait for keys"):
                 plgpu.barrier_wait(self.keys_full.at[t])
-            halves = [self.rows.at[slot, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
+            halves = [self.rows.at[place, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
-            plgpu.barrier_arrive(self.empty.at[slot])
+            plgpu.barrier_arrive(self.empty.at[place])
             with jax.named_scope("score keys"):
                 found = self.products(table, keys, t)
                 ages = begin - t * TILE
@@ -67,7 +67,8 @@ class Keys(Warpgroup):
                 if call.S % TILE:
                     visible = visible & (row < call.S - t * TILE)
                 found = jnp.where(visible, found * (HEAD_DIM**-0.5 * LOG2_E), LEAST)
-            # The last tile's scores are the last: registers have no numbers that are known only when a program runs.
+            # The last tile's scores are the last: registers have no numbers that are known only when a program runs. A
+            # warpgroup that has a tile less keeps a first one of LEAST.
             return *scores[1:], found
 
         none = plgpu.layout_cast(jnp.full(shape, LEAST, jnp.float32), WGMMA)
@@ -84,8 +85,8 @@ class Keys(Warpgroup):
     def store_softmax(self, scores, most, new):
         """Stores e^(score − most) of the warpgroup's tiles, their sums, and the new key's."""
         call, total = self.call, None
-        for place, score in enumerate(scores):
-            n = self.count - call.most_key_tiles + place
+        for number, score in enumerate(scores):
+            n = self.count - call.most_key_tiles + number
             weights = jnp.exp2(score - jax.lax.broadcast_in_dim(most, score.shape, [1]))
             total = weights if total is None else total + weights
             pl.when(n >= 0)(functools.partial(self.store_weights, 0, self.tile(n), weights))
@@ -130,7 +131,7 @@ class Keys(Warpgroup):
             if self.plan.normed
             else None
         )
-        slot = jax.lax.rem(i, jnp.int32(2))
+        slot = self.new_slot(i)
         plgpu.barrier_wait(self.new_full.at[slot])
 
         def normed(x, which):
@@ -157,7 +158,10 @@ class Keys(Warpgroup):
         self.score.at[self.taker][...] = jnp.where(row < Q, score, LEAST)
 
     def products(self, table, keys, t):
-        """Returns the products [TILE, 2 Q] of a tile's keys, normed and turned, and its queries.
+        """Returns the products, float32 [TILE, 2 Q], of a tile's keys, normed and turned, and its queries.
+
+        All that is multiplied is bfloat16: both halves of the keys, [TILE, H/2] each, and the four of `table`, which
+        scales them and turns them by their place in their tile (`attention_gpu.key_turns`).
 
         Squares are rounded to bfloat16, which their sum does not notice, and added up by a product, whose result lies
         as the scores do.

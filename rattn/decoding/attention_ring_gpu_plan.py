@@ -16,10 +16,11 @@ MOST_TILES = 17
 SHARED_BYTES, SMALL_BYTES = 224 * 1024, 6 * 1024
 # Warpgroups that take keys, and the number of the first.
 KEY_WARPGROUPS, FIRST_TAKER = 2, 2
-# Registers of a thread that copies, that takes keys, that takes the rest: 512 together.
+# Registers of a thread that copies, that takes keys, that takes the rest: at most 512 with two that take keys.
 COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 128
+# Multiprocessors of an H100 or H200; with another number only speed differs.
 PROGRAMS = 132
-# Columns of the linear branch: the least that a product has.
+# Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
 
 
@@ -41,10 +42,11 @@ class Call:
       tiles: of a ring.
       columns: of weights: two sets of queries, and the linear branch's.
       most_key_tiles: that one of the warpgroups takes that take keys.
-      slots: tiles that shared memory holds at a time.
+      places: tiles that shared memory holds at a time.
       waiting_tiles: the most in which keys wait for the fold.
       waiting, states, values: after keys, numbers of the first copies of keys that wait, of the state and of values.
       copies: of a head.
+      early: the first of them, which are asked for before the kernel before is done.
     """
 
     def __init__(self, B: int, K: int, G: int, S: int, W: int):
@@ -55,17 +57,18 @@ class Call:
         used = 2 * HEAD_DIM * (self.tiles * 2 * self.Q + 2 * LINEAR + 2 * (2 * self.Q + 2))
         used += 2 * TILE * (self.tiles * self.columns + KEY_WARPGROUPS * 2 * self.Q)
         used += 4 * HEAD_DIM * (self.columns + LINEAR)
-        self.slots = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
+        self.places = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
         self.waiting_tiles = _most_tiles(S, S - W)
         # Values wait for the weights of all keys, so keys are first.
         self.waiting = self.tiles
         self.states = self.waiting + self.waiting_tiles
         self.values = self.states + STATE_TILES
         self.copies = self.values + self.tiles
+        self.early = min(self.places, self.waiting)
 
-    def slot(self, number):
-        """Returns the place in shared memory of a head's copy `number`."""
-        return jax.lax.rem(number, jnp.int32(self.slots))
+    def place(self, number):
+        """Returns where in shared memory a head's copy `number` goes; every head begins with the first place."""
+        return jax.lax.rem(number, jnp.int32(self.places))
 
     def waiting_tile(self, n, newest, unfolded):
         """Returns number n of the tiles that may hold keys that wait: from that of the oldest on, round the ring.
@@ -73,7 +76,7 @@ class Call:
         Args:
           n: below `waiting_tiles`.
           newest: the newest key's slot.
-          unfolded: keys that left the window since the fold.
+          unfolded: keys that left the window since the fold; at most S − W.
         """
         oldest = newest - self.W - unfolded + 1
         oldest = jnp.where(oldest < 0, oldest + self.S, oldest)

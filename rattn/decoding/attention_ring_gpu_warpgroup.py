@@ -15,13 +15,39 @@ WGMMA = plgpu.Layout.WGMMA
 
 
 def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
-    """Types of a program's shared memory, by the names of `Warpgroup`."""
+    """Types of a program's shared memory, by the names of `Warpgroup`.
+
+    Who writes and who reads:
+
+        tiles             Copies; keys by `Keys`, all others by `Answers`
+        new               Copies; all. A head's queries, the same again, its key and its value; rows G to Q of each Q
+                          are never written: what lies there stays in columns of its own, which `attend` drops
+        queries, ones,
+        score             a `Keys`, for itself
+        maxima            each `Keys`; both
+        phi               Answers, for itself: halves of φ's two parts, by query
+        weights           columns to 2 Q Keys, the others Answers; Answers
+        totals            each `Keys`; Answers
+        most, weight      the first `Keys`; Answers
+        out               Answers, for itself: 2 Q rows of the softmax branch, those of keys that wait, of the state
+
+    A warpgroup counts as one arrival at a barrier, and its threads do not wait for each other there:
+
+        keys_full         a tile's copy, once a head; its `Keys` waits
+        others_full       a copy of another kind, as often as one comes to the place; Answers waits
+        empty             who took a tile from the place; Copies waits, but for the program's first tile there
+        new_full          three copies; all wait
+        new_empty         all but Copies; Copies waits, from the third head on
+        maxima_full       both `Keys`, who both wait
+        weights_full      both `Keys`; Answers waits
+        weights_empty     Answers; both `Keys` wait, from the second head on
+    """
     bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
     halves = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
     Q = call.Q
     tiles = (
-        plgpu.SMEM((call.slots, TILE, HEAD_DIM), bf16, transforms=tiled),
-        plgpu.SMEM((call.slots, TILE, HALF), jnp.float32, transforms=halves),
+        plgpu.SMEM((call.places, TILE, HEAD_DIM), bf16, transforms=tiled),
+        plgpu.SMEM((call.places, TILE, HALF), jnp.float32, transforms=halves),
     )
     return {
         # As one it would not do for the search for races, which knows no parts of a union.
@@ -37,11 +63,11 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
         "totals": plgpu.SMEM((KEY_WARPGROUPS, 4, 2 * Q), jnp.float32),
         "most": plgpu.SMEM((2 * Q,), jnp.float32),
         "weight": plgpu.SMEM((2 * Q,), jnp.float32),
-        # Of tiles and not of slots: who waits for a barrier has to wait for it every time, and a slot is now one
+        # Of tiles and not of places: who waits for a barrier has to wait for it every time, and a place is now one
         # warpgroup's and now another's.
         "keys_full": plgpu.Barrier(num_barriers=call.tiles),
-        "others_full": plgpu.Barrier(num_barriers=call.slots),
-        "empty": plgpu.Barrier(num_barriers=call.slots),
+        "others_full": plgpu.Barrier(num_barriers=call.places),
+        "empty": plgpu.Barrier(num_barriers=call.places),
         "new_full": plgpu.Barrier(num_arrivals=3, num_barriers=2),
         "new_empty": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS + 1, num_barriers=2),
         "maxima_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
@@ -57,18 +83,23 @@ class Warpgroup:
         self.call, self.plan = call, plan
         for name, ref in (arrays | shared).items():
             setattr(self, name, ref)
+        # The same places, as 64 keys or values of bfloat16 and as 64 rows of half a state.
         self.rows, self.states = self.tiles
-        self.number = jax.lax.axis_index("program")
+        self.program = jax.lax.axis_index("program")
 
     def head(self, i):
         """Returns the sequence and the key/value head that the program takes as number i."""
-        head = self.number + i * attention_ring_gpu_plan.PROGRAMS
+        head = self.program + i * attention_ring_gpu_plan.PROGRAMS
         return jax.lax.div(head, jnp.int32(self.call.K)), jax.lax.rem(head, jnp.int32(self.call.K))
 
     def heads(self):
         """Returns how many heads the program takes."""
         heads, programs = self.call.B * self.call.K, attention_ring_gpu_plan.PROGRAMS
-        return jax.lax.div(heads - self.number + programs - 1, jnp.int32(programs))
+        return jax.lax.div(heads - self.program + programs - 1, jnp.int32(programs))
+
+    def new_slot(self, i):
+        """Returns where what is new of head i lies, in turns."""
+        return jax.lax.rem(i, jnp.int32(2))
 
     def for_heads(self, work: Callable[..., None]) -> None:
         """Does work(i, sequence, head) for all heads of the program."""
@@ -85,7 +116,8 @@ class Warpgroup:
     def wait_for_kernel_before(self):
         """Waits until the kernel before this one is done, and so what it and those before it have written is there.
 
-        Caches may be read before: they are the last step's. So may what is made once for all steps.
+        Only keys of the cache and `turns` are read before, so no kernel that may still run may write them. In a step
+        products lie between two layers, and all other layers between two calls for one.
         """
         if not self.plan.interpret:
             plgpu.griddepcontrol_wait()
@@ -122,10 +154,7 @@ class Copies(Warpgroup):
         """Copies what all heads need, as soon as there is room; what is new, when it is written."""
         if not self.plan.interpret:
             plgpu.griddepcontrol_launch_dependents()
-
         call, heads = self.call, self.heads()
-        # There is room for so many copies before what is new, which is of the kernel before, as is where keys wait.
-        first = min(call.slots, call.waiting)
 
         def of_head(i, b, h):
             def copy(begin, end):
@@ -137,14 +166,14 @@ class Copies(Warpgroup):
                 ):
                     self.copy_tiles(i, b, h, kind, lowest, max(begin, lowest), min(end, highest))
 
-            copy(0, first)
+            copy(0, call.early)
 
             @pl.when(i == 0)
             def _():
                 self.wait_for_kernel_before()
                 self.copy_new(i)
 
-            copy(first, call.values)
+            copy(call.early, call.values)
             # While the head's last keys are weighed.
             pl.when(i + 1 < heads)(lambda: self.copy_new(i + 1))
             copy(call.values, call.copies)
@@ -156,19 +185,18 @@ class Copies(Warpgroup):
         call = self.call
 
         def body(number, _):
-            n, slot = number - first, call.slot(number)
-            # Every head begins with the first slot, where it finds the last tiles of the head before it.
-            mosaic_gpu.wait_if((number >= call.slots) | (i > 0), self.empty.at[slot])
+            n, place = number - first, call.place(number)
+            mosaic_gpu.wait_if((number >= call.places) | (i > 0), self.empty.at[place])
             if kind == "s":
                 tiles = jnp.int32(STATE_TILES // 2)
                 half, tile = jax.lax.div(n, tiles), jax.lax.rem(n, tiles)
-                source, slots = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
+                source, into = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
             else:
                 # What is past the ring's end reads as zeros.
                 tile = call.waiting_tile(n, self.counts[b, 0], self.counts[b, 2]) if kind == "w" else n
-                source, slots = (self.v if kind == "v" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
-            full = self.keys_full.at[n] if kind == "k" else self.others_full.at[slot]
-            plgpu.copy_gmem_to_smem(source, slots.at[slot], full)
+                source, into = (self.v if kind == "v" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
+            full = self.keys_full.at[n] if kind == "k" else self.others_full.at[place]
+            plgpu.copy_gmem_to_smem(source, into.at[place], full)
             return ()
 
         if begin < end:
@@ -178,7 +206,7 @@ class Copies(Warpgroup):
         """Copies a head's new queries, twice, and the new key and value."""
         call, (b, h) = self.call, self.head(i)
         Q, G = call.Q, call.G
-        slot = jax.lax.rem(i, jnp.int32(2))
+        slot = self.new_slot(i)
         mosaic_gpu.wait_if(i >= 2, self.new_empty.at[slot])
         for first, source, count in ((0, 0, G), (Q, 0, G), (2 * Q, G, 2)):
             plgpu.copy_gmem_to_smem(

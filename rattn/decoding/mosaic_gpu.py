@@ -32,7 +32,10 @@ def rows_layout(rows, columns):
 
 
 def store_of_warps(kind, x, place, interpret):
-    """Stores each warp's "max" or "add" of its rows of x, float32 [64, columns] as a product lies: [4, columns]."""
+    """Stores in place [4, columns] the "max" or "add" of each warp's 16 rows of x, float32 [64, columns] as WGMMA lies.
+
+    Nobody is told: a barrier has to follow.
+    """
     if interpret:
         x = x.reshape(4, -1, x.shape[1])
         place[...] = x.max(axis=1) if kind == "max" else x.sum(axis=1)

@@ -82,13 +82,13 @@ def by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, bran
 
 def assert_the_rings_never_wait_for_themselves(call):
     """Plays the warpgroups' waits for three heads: a kernel that waits for itself would never end, nor its test."""
-    assert call.slots > 1
+    assert call.places > 1
     programs, heads = {"copy": [], "answers": [], 0: [], 1: []}, 3
     for i in range(heads):
         copies = [("copy", (i, number)) for number in range(call.copies)]
         # What is new is copied for the first head when there is no more room, for others before the values in front.
-        first = min(call.slots, call.waiting)
-        programs["copy"] += copies[:first] + ([("copy", (0, "new"))] if i == 0 else []) + copies[first : call.values]
+        programs["copy"] += copies[: call.early] + ([("copy", (0, "new"))] if i == 0 else [])
+        programs["copy"] += copies[call.early : call.values]
         programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < heads else []) + copies[call.values :]
         for number in range(KEY_WARPGROUPS):
             programs[number] += [("need", (i, "new"))]
@@ -101,12 +101,12 @@ def assert_the_rings_never_wait_for_themselves(call):
         programs["answers"] += [("take", (i, n)) for n in range(call.values, call.copies)] + [("make", (i, "answer"))]
     used, made, room = {}, set(), {"new": 2}
 
-    def slot(number):
-        return int(call.slot(np.int32(number)))
+    def place(number):
+        return int(call.place(np.int32(number)))
 
     def can(act, item):
         if act == "copy":
-            return room["new"] > 0 if item[1] == "new" else slot(item[1]) not in used
+            return room["new"] > 0 if item[1] == "new" else place(item[1]) not in used
         return act == "make" or item in made
 
     def perform(act, item):
@@ -115,9 +115,9 @@ def assert_the_rings_never_wait_for_themselves(call):
         if item[1] in ("new", "answer"):
             room["new"] += {"copy": -1, "make": 1}.get(act, 0)
         elif act == "copy":
-            used[slot(item[1])] = item
+            used[place(item[1])] = item
         elif act == "take":
-            assert used.pop(slot(item[1])) == item
+            assert used.pop(place(item[1])) == item
 
     moved = True
     while moved:
@@ -140,8 +140,8 @@ def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, nor
     """Compares both branches, each by itself, by a scale of zero for the other, and their sum."""
     slots = window + fold_tokens
     qkv, k, v, state, scales, branch_scales = drawn(batch, heads, group, slots)
-    # All that a ring holds, less, and few; the last slots wait or are past the beginning.
-    known = np.array([10_000, slots - 7, 5] * batch, np.int32)[:batch]
+    # All that a ring holds, less, the new token alone, and few; the last slots wait or are past the beginning.
+    known = np.array([10_000, slots - 7, 1, 5] * batch, np.int32)[:batch]
     plan = Plan(window, EPSILON, normed, interpret)
     wanted = by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, branch_scales)
 
@@ -189,6 +189,7 @@ def interpreter(monkeypatch):
         # More tiles than shared memory holds; eight columns for queries.
         (2, 1, 5, 512, 32, 511, 9, None, True),
         (1, 1, 1, 100, 92, 0, 1, THETA, False),
+        (2, 1, 8, 96, 64, 0, 64, THETA, True),
     ],
 )
 def test_both_branches_by_hand(interpreter, monkeypatch, capsys, case):
@@ -203,10 +204,14 @@ def test_both_branches_by_hand(interpreter, monkeypatch, capsys, case):
     assert not [race for race in races if "write of" not in race or "(Copies." not in race or "read of" not in race]
 
 
-@pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (1, 72), (4, 1088), (3, 1056)])
-@pytest.mark.parametrize("fold_tokens", [8, 64])
+@pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (4, 1088), (3, 1056), (8, 1088)])
+@pytest.mark.parametrize("fold_tokens", [8, 64, 300])
 def test_the_rings_never_wait_for_themselves(group, slots, fold_tokens):
     assert_the_rings_never_wait_for_themselves(Call(3, 1, group, slots, slots - fold_tokens))
+
+
+def test_the_smallest_ring_never_waits_for_itself():
+    assert_the_rings_never_wait_for_themselves(Call(3, 1, 1, 72, 64))
 
 
 @pytest.mark.parametrize(("slots", "fold_tokens"), [(544, 32), (128, 28), (192, 92), (72, 8), (552, 100)])
@@ -254,6 +259,7 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatc
         (3, 2, 5, 512, 32, 300, 9, THETA, True),
         (150, 4, 4, 128, 32, 70, 20, THETA, True),  # several heads a program
         (2, 1, 3, 1024, 32, 1040, 0, THETA, False),
+        (64, 4, 8, 1024, 64, 0, 64, THETA, True),
     ],
 )
 def test_on_a_gpu_both_branches_by_hand(case):
