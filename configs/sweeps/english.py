@@ -1,6 +1,6 @@
 """The window study's small budget on English: documentation and speeches, three epochs, one GPU.
 
-    scripts/english_text.sh build/english
+    python -m scripts.english_text build/english
     python -m rattn.prepare --task text_files --files 'build/english/*/*.txt' --train_vocabulary_size 8192 \\
       --out data/english-8192
     python -m rattn.sweep --config configs/small.py --sweep configs/sweeps/english.py --workdir runs/english
@@ -14,18 +14,17 @@ from rattn.sweeping.points import product
 
 COMMON = window.COMMON | {"data.task": "text_files", "data.path": "data/english-8192"}
 EVALUATION = window.EVALUATION
+MODELS = (
+    *product(mixer=["full"], seed=[0]),
+    *product(mixer=["rattention", "swa"], window=[64], seed=[0]),
+    *product(mixer=["full"], seed=[1]),
+    *product(mixer=["rattention", "swa"], window=[64], seed=[1]),
+    *product(mixer=["rattention", "swa"], window=[256], seed=[0]),
+    *product(mixer=["linear"], seed=[0]),
+    *product(mixer=["full"], seed=[2]),
+)
 
 
 def sweep(add):
-    for seed in (0, 1):
-        for model in (
-            *product(mixer=["full"]),
-            *product(mixer=["rattention", "swa"], window=[64]),
-        ):
-            window.small_budget(add, model | {"seed": seed})
-    for model in (
-        *product(mixer=["rattention", "swa"], window=[256]),
-        *product(mixer=["linear"]),
-        *product(mixer=["full"], seed=[2]),
-    ):
-        window.small_budget(add, {"seed": 0} | model)
+    for model in MODELS:
+        window.small_budget(add, model)
