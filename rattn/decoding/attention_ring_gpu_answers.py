@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
+from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, halves, rounded, spread
 from rattn.decoding.triton_gpu import LOG2_E
 
 
@@ -62,14 +62,14 @@ class Answers(Warpgroup):
         layout = mosaic_gpu.rows_layout(LINEAR, HALF)
         slot = self.new_slot(i)
         plgpu.barrier_wait(self.new_full.at[slot])
-        halves = [self.new.at[slot, pl.ds(0, LINEAR), pl.ds(m * HALF, HALF)] for m in (0, 1)]
-        halves = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in halves]
+        queries = halves(self.new.at[slot, pl.ds(0, LINEAR)])
+        queries = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in queries]
 
         def across(x):
-            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (LINEAR, HALF), [0]), layout)
+            return spread(x, layout, (LINEAR, HALF), 0)
 
         for n, sign in enumerate((LOG2_E, -LOG2_E)):
-            scaled = [half * sign for half in halves]
+            scaled = [half * sign for half in queries]
             most = across(jnp.maximum(*(half.max(axis=1) for half in scaled)))
             powers = [jnp.exp2(half - most) for half in scaled]
             inverse = across(1.0 / sum(half.sum(axis=1) for half in powers))
@@ -90,8 +90,7 @@ class Answers(Warpgroup):
 
         @pl.when(some)
         def _():
-            halves = [self.rows.at[place, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
-            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
+            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves(self.rows.at[place])]
 
             def of_sign(sign, total):
                 """Adds φ(q) · φ(k) over half of φ, of k or of −k."""
@@ -144,7 +143,7 @@ class Answers(Warpgroup):
 
             jax.lax.fori_loop(0, call.tiles, of_tile, ())
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(self.empty.at[(call.copies - 1) % call.places])
+            plgpu.barrier_arrive(self.empty.at[call.place(jnp.int32(call.copies - 1))])
             return sums[...]
 
         return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, call.columns), jnp.float32))
@@ -160,7 +159,7 @@ class Answers(Warpgroup):
         shape, slot = (Q, HEAD_DIM), self.new_slot(i)
 
         def across(x, dim=0):
-            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
+            return spread(x, layout, shape, dim)
 
         def rows(ref, part):
             """Loads [Q] numbers of the keys written since the ring went round (part 0), or before (1)."""

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_gpu_program import LEAST
 from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, rounded
+from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, halves, rounded, spread
 from rattn.decoding.triton_gpu import LOG2_E
 
 COLUMNS_OF_WGMMA = WGMMA.reduce(0)
@@ -57,8 +57,7 @@ class Keys(Warpgroup):
             place = call.place(t)
             with jax.named_scope("wait for keys"):
                 plgpu.barrier_wait(self.keys_full.at[t])
-            halves = [self.rows.at[place, :, pl.ds(m * HALF, HALF)] for m in (0, 1)]
-            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves]
+            keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves(self.rows.at[place])]
             plgpu.barrier_arrive(self.empty.at[place])
             with jax.named_scope("score keys"):
                 found = self.products(table, keys, t)
@@ -114,20 +113,20 @@ class Keys(Warpgroup):
         """Norms and turns the new queries for the warpgroup's tiles, and writes the new key's score."""
         call = self.call
         Q, rows = call.Q, 2 * call.Q
-        layout = mosaic_gpu.rows_layout(rows, HALF)
-        halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
+        layout, shape = mosaic_gpu.rows_layout(rows, HALF), (rows, HALF)
+        of_halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
 
         def across(ref):
             """Loads [HALF] numbers for every row."""
             x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-            return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, HALF), [1]), layout)
+            return spread(x, layout, shape, 1)
 
         # On their way before the queries are there.
         first = pl.ds(self.taker * rows, rows)
         sin, cos = (plgpu.load(x.at[first], layout=layout, optimized=False) for x in (self.sin, self.cos))
         next_sin, next_cos = (across(x.at[KEY_WARPGROUPS * rows]) for x in (self.sin, self.cos))
         scales = (
-            [[across(scale.at[half]) for half in halves] for scale in (self.q_scale, self.k_scale)]
+            [[across(scale.at[half]) for half in of_halves] for scale in (self.q_scale, self.k_scale)]
             if self.plan.normed
             else None
         )
@@ -139,22 +138,23 @@ class Keys(Warpgroup):
                 return x
             square = (x[0] * x[0] + x[1] * x[1]).sum(axis=1)
             inverse = jax.lax.rsqrt(square / HEAD_DIM + self.plan.epsilon)
-            inverse = plgpu.layout_cast(jax.lax.broadcast_in_dim(inverse, (rows, HALF), [0]), layout)
+            inverse = spread(inverse, layout, shape, 0)
             return [rounded(y * inverse * scale) for y, scale in zip(x, scales[which], strict=True)]
 
-        q = [plgpu.load(self.new.at[slot, pl.ds(0, rows), half], layout=layout, optimized=False) for half in halves]
+        queries = halves(self.new.at[slot, pl.ds(0, rows)])
+        q = [plgpu.load(half, layout=layout, optimized=False) for half in queries]
         a, b = q = normed([x.astype(jnp.float32) for x in q], 0)
-        k = normed([across(self.new.at[slot, 2 * Q, half]) for half in halves], 1)
+        k = normed([across(self.new.at[slot, 2 * Q, half]) for half in of_halves], 1)
         plgpu.barrier_arrive(self.new_empty.at[slot])
 
         def of_tile(n, turned):
-            for half, x in zip(halves, turned, strict=True):
-                self.queries.at[self.tile(n), :, half][...] = x.astype(jnp.bfloat16)
+            for half, x in zip(halves(self.queries.at[self.tile(n)]), turned, strict=True):
+                half[...] = x.astype(jnp.bfloat16)
             return turn(*turned, next_sin, next_cos)
 
         jax.lax.fori_loop(0, self.count, of_tile, turn(a, b, sin, cos))
         score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True)) * (HEAD_DIM**-0.5 * LOG2_E)
-        row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, (rows, HALF), 0), layout).max(axis=1)
+        row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, 0), layout).max(axis=1)
         self.score.at[self.taker][...] = jnp.where(row < Q, score, LEAST)
 
     def products(self, table, keys, t):
@@ -168,8 +168,7 @@ class Keys(Warpgroup):
         """
         columns = 2 * self.call.Q
         (ka, kb), (aa, ab, bb, ba) = keys, table
-        queries = [self.queries.at[t, :, pl.ds(n * HALF, HALF)] for n in (0, 1)]
-        products = [([ka * aa + kb * ab, kb * bb + ka * ba], queries, columns)]
+        products = [([ka * aa + kb * ab, kb * bb + ka * ba], halves(self.queries.at[t]), columns)]
         if not self.plan.normed:
             return self.multiply(*products)[0]
         found, squares = self.multiply(*products, ([ka * ka + kb * kb], [self.ones.at[self.taker]], columns))

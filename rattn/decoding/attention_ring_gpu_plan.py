@@ -24,11 +24,6 @@ PROGRAMS = 132
 LINEAR = 8
 
 
-def tiles_of(slots: int) -> int:
-    """Tiles of a ring."""
-    return -(-slots // TILE)
-
-
 def queries_of(group: int) -> int:
     """Columns of a product for the queries of a group."""
     return 4 if group <= 4 else 8
@@ -51,7 +46,7 @@ class Call:
 
     def __init__(self, B: int, K: int, G: int, S: int, W: int):
         self.B, self.K, self.G, self.S, self.W = B, K, G, S, W
-        self.Q, self.tiles = queries_of(G), tiles_of(S)
+        self.Q, self.tiles = queries_of(G), -(-S // TILE)
         self.columns = 2 * self.Q + LINEAR
         self.most_key_tiles = -(-self.tiles // KEY_WARPGROUPS)
         used = 2 * HEAD_DIM * (self.tiles * 2 * self.Q + 2 * LINEAR + 2 * (2 * self.Q + 2))

@@ -43,11 +43,11 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
         weights_empty     Answers; both `Keys` wait, from the second head on
     """
     bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
-    halves = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+    tiled_f32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
     Q = call.Q
     tiles = (
         plgpu.SMEM((call.places, TILE, HEAD_DIM), bf16, transforms=tiled),
-        plgpu.SMEM((call.places, TILE, HALF), jnp.float32, transforms=halves),
+        plgpu.SMEM((call.places, TILE, HALF), jnp.float32, transforms=tiled_f32),
     )
     return {
         # As one it would not do for the search for races, which knows no parts of a union.
@@ -214,6 +214,16 @@ class Copies(Warpgroup):
                 self.new.at[slot, pl.ds(first, count)],
                 self.new_full.at[slot],
             )
+
+
+def halves(ref) -> list[Any]:
+    """Returns both halves of rows [rows, HEAD_DIM]."""
+    return [ref.at[:, pl.ds(m * HALF, HALF)] for m in (0, 1)]
+
+
+def spread(x: jax.Array, layout: Any, shape: tuple[int, int], dim: int) -> jax.Array:
+    """Repeats x, a number for every index of `dim`, over the other dim of `shape`."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
 
 
 def rounded(x: jax.Array) -> jax.Array:
