@@ -206,7 +206,7 @@ def products_case(model, text, rings=()):
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
-    x_rows = products_persistent_plan.ROWS if persistent else rows
+    x_rows = products_persistent_plan.groups(rows) * products_persistent_plan.GROUP_ROWS if persistent else rows
     shared = {"o": (rows, shapes["out"][1]), "x": (x_rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
     how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}
@@ -221,7 +221,7 @@ def products_case(model, text, rings=()):
     variants = {"in use": (products_persistent_gpu, {})}
     for ring in rings if persistent else ():
         kib, late = map(int, ring.split(":"))
-        variants[ring] = products_persistent_gpu, {"ROW_BYTES": kib * 1024, "LATE": late}
+        variants[ring] = products_persistent_gpu, {"ROW_BYTES": (kib * 1024,) * 2, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
     kernels, profiled = (1, (products_persistent_gpu,) * 2) if persistent else (4, None)
     return Case(text, size, (own, shared), run, variants, kernels, profiled)

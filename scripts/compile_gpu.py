@@ -93,6 +93,7 @@ def absent_gpus(topology: str) -> Iterator[list[jax.Device]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_abstract_mesh(AbstractMesh((), (), abstract_device=hopper)))
         stack.enter_context(mock.patch.object(devices, "on_hopper", return_value=True))
+        stack.enter_context(mock.patch.object(devices, "multiprocessors", return_value=132))
         if importlib.util.find_spec("jla"):
             attention = importlib.import_module("jla.ops.mosaic_gpu.attention")
             stack.enter_context(mock.patch.object(attention, "supported", _but_for_the_gpu(attention.supported)))

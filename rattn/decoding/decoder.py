@@ -56,8 +56,8 @@ class Decoder:
             "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
             "pallas_gpu" (`rattn.decoding.products_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, on a
-            Hopper GPU), whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and
-            "xla" elsewhere.
+            Hopper GPU with a multiprocessor for each of its programs, which wait for each other), whose weights lie
+            otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -83,11 +83,17 @@ class Decoder:
         one_hopper = one_gpu and devices.on_hopper()
         if attention == "auto":
             attention = "pallas_gpu_ring" if one_hopper else "pallas_gpu" if one_gpu else "xla"
-        if products == "auto":
-            products = "pallas_gpu" if one_hopper else "xla"
         for name, value in (("attention", attention), ("products", products)):
             if value in ("pallas_gpu_persistent", "pallas_gpu_ring") and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
+        programs = products_persistent_plan.PROGRAMS
+        if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:
+            raise UserError(
+                f"products={products!r} runs on {programs} multiprocessors and there are {devices.multiprocessors()}; "
+                "use 'auto'."
+            )
+        if products == "auto":
+            products = "pallas_gpu" if one_hopper else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
         kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how, "pallas_gpu_persistent": "persistent"}
         fits = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(products)

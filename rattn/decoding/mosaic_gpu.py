@@ -146,6 +146,11 @@ def show_copies():
     plgpu.inline_mgpu()(lambda _: _assembly("fence.proxy.async.shared::cta;"))()
 
 
+def join():
+    """Waits for all warps of the warpgroup."""
+    plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
+
+
 def count(counter):
     """Adds one to an int32 of device memory, after all that the warpgroup has written."""
 

@@ -11,10 +11,13 @@ multiprocessor stays for all four products. Its weights come through a ring of s
 up: while the programs finish one product and wait for each other, the weights of the next are on their way, and those
 of the first come while attention still ends.
 
-A program has three warpgroups: one copies weights, one copies rows, one multiplies. Programs work in pairs, clusters of
-two. Where there are tiles enough ("gate_up", "qkv") each has its own, and the copy engine brings rows, which are the
-same for all, to both at once. "out" and "down" have as few columns as the residual stream is wide, and a program would
-read more rows than weights: there a pair shares a tile, each takes half of the sum, and they exchange what they found.
+A program has four warpgroups: one copies weights, one copies rows, two multiply. These take 64 rows each, or, where
+there are no more, a half of every sum: with few columns a product is a chain of small products, one after the other.
+
+Programs work in pairs, clusters of two. Where there are tiles enough ("gate_up", "qkv") each has its own, and the copy
+engine brings rows, which are the same for all, to both at once. "out" and "down" have as few columns as the residual
+stream is wide, and a program would read more rows than weights: there a pair shares a tile, each takes half of the sum,
+and they exchange what they found.
 Weights are copied by threads, for the copy engine serves in order: rows, which all wait for, would stand behind what
 memory has yet to find.
 
@@ -34,18 +37,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.products_persistent_plan import (
     GATE_COLUMNS,
+    GROUP_ROWS,
     PAIRS,
     PRODUCTS,
     PROGRAMS,
-    ROW_NUMBERS,
-    ROWS,
     SIDES,
     WEIGHT_NUMBERS,
     divided,
+    groups,
 )
 
-# Bytes of a multiprocessor's 227 KiB that are used, and of them those of rows.
-SHARED_BYTES, ROW_BYTES = 225 * 1024, 80 * 1024
+# Bytes of a multiprocessor's 227 KiB that are used, and of them those of up to 64 rows, and of more.
+SHARED_BYTES, ROW_BYTES = 225 * 1024, (80 * 1024, 128 * 1024)
+# Numbers of a row that are copied at a time.
+ROW_NUMBERS = 128
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -53,6 +58,12 @@ LATE = 3
 COUNTERS, APART = 128, 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
+# Warpgroups that multiply, and the number of the first.
+MULTIPLIERS, FIRST_MULTIPLIER = 2, 2
+# Registers of a thread that copies weights, that copies rows, that multiplies: 512 together with two that multiply.
+REGISTERS = 40, 24, 224
+# Columns of a tile whose sum both multiply, at most, and of the shared memory for it, whose rows lie in other banks.
+SPLIT_COLUMNS, SPLIT_STRIDE = 32, 40
 
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -60,6 +71,11 @@ LAYOUT = plgpu.Layout.WGMMA
 def zero_counters() -> tuple[jax.Array, jax.Array]:
     """Returns the counters of a first layer's `run`."""
     return (jnp.zeros(COUNTERS, jnp.int32),) * 2
+
+
+def padded(x_BD: jax.Array) -> jax.Array:
+    """Returns the residual stream with as many rows as are multiplied."""
+    return jnp.pad(x_BD, ((0, -x_BD.shape[0] % GROUP_ROWS), (0, 0)))
 
 
 def run(
@@ -74,8 +90,8 @@ def run(
     """Returns the residual stream x_RD, the next layer's qkv [R, columns] or None, and the counters for the next call.
 
     Args:
-      o_BE: bfloat16, what attention says; up to ROWS rows.
-      x_RD: bfloat16, the residual stream, with ROWS rows of which the first are the sequences'; others are anything.
+      o_BE: bfloat16, what attention says; up to MOST_ROWS rows.
+      x_RD: bfloat16, the residual stream, padded to whole GROUP_ROWS (`padded`); what the last rows are is nothing.
       weights: bfloat16 by product, [columns, length of sum]; "qkv" where a layer follows. Gate and up are
         [tiles, 2, GATE_COLUMNS, length].
       counters: in which programs wait for each other; of the call before, or `zero_counters`.
@@ -92,7 +108,7 @@ def run(
         grid_names=("pair",),
         cluster=(SIDES,),
         cluster_names=("side",),
-        num_threads=3,
+        num_threads=FIRST_MULTIPLIER + MULTIPLIERS,
         thread_name="warpgroup",
     )
     mine, others = (jax.new_ref(counter) for counter in counters)
@@ -101,7 +117,12 @@ def run(
         functools.partial(_kernel, plan),
         out_type=tuple(results.values()),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0, **PROFILE),
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            **PROFILE,
+        ),
         name="decode_products",
     )(o_BE, x_RD, *weights.values(), mine, others)
     found = dict(zip(results, found, strict=True))
@@ -114,6 +135,7 @@ class _Plan:
 
     def __init__(self, rows, shapes, epsilon, activation):
         self.epsilon, self.activation = epsilon, activation
+        self.groups = groups(rows)
         # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
         self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
         self.products = {
@@ -123,25 +145,34 @@ class _Plan:
         self.width, self.hidden = shapes["down"]
         # Columns of the residual stream that a program keeps.
         self.kept = self.width // PROGRAMS
-        # Products read ROWS rows, and so past a slot: the last one, too, has that much behind it.
-        self.row_slots = 1 + max(ROW_BYTES // (2 * ROW_NUMBERS) - ROWS, 2 * self.rows) // self.rows
-        self.kept_rows = (self.row_slots - 1) * self.rows + ROWS
-        half, rows = 4 * ROWS * self.kept, 2 * self.kept_rows * ROW_NUMBERS
-        self.weight_slots = (SHARED_BYTES - half - rows) // (2 * WEIGHT_NUMBERS)
+        # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
+        most, read = ROW_BYTES[self.groups - 1] // (2 * ROW_NUMBERS), self.groups * GROUP_ROWS
+        self.row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
+        self.kept_rows = (self.row_slots - 1) * self.rows + read
+        self.splits = self.groups < MULTIPLIERS
+        sums = 4 * read * self.kept + (4 * GROUP_ROWS * SPLIT_STRIDE if self.splits else 0)
+        rows = 2 * self.kept_rows * ROW_NUMBERS
+        self.weight_slots = (SHARED_BYTES - sums - rows) // (2 * WEIGHT_NUMBERS)
         # A slot is free when the one after it is multiplied, and so one is left.
         self.late = min(LATE, self.weight_slots - 1)
-        assert min(self.row_slots, self.weight_slots) > 1, "A ring of one slot would wait for itself."
+        assert self.weight_slots > 1, "A ring of one slot would wait for itself."
+        assert self.row_slots > (3 if self.splits else 1), "Two at a time, freed when the next two are multiplied."
+
+    def split(self, product):
+        """Whether both warpgroups multiply a tile, each one half of the numbers of every copy of weights."""
+        return self.splits and product.tile <= SPLIT_COLUMNS and product.depth == 2 * ROW_NUMBERS
 
     def results(self):
         """Types of what the kernel writes, its own notes among them."""
+        rows = self.groups * GROUP_ROWS
         found = {
-            "middle": jax.ShapeDtypeStruct((ROWS, self.width), jnp.bfloat16),
-            "hidden": jax.ShapeDtypeStruct((ROWS, self.hidden), jnp.bfloat16),
-            "x": jax.ShapeDtypeStruct((ROWS, self.width), jnp.bfloat16),
-            "squares": jax.ShapeDtypeStruct((2, ROWS, PROGRAMS), jnp.float32),
+            "middle": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
+            "hidden": jax.ShapeDtypeStruct((rows, self.hidden), jnp.bfloat16),
+            "x": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
+            "squares": jax.ShapeDtypeStruct((2, rows, PROGRAMS), jnp.float32),
         }
         if "qkv" in self.products:
-            found["qkv"] = jax.ShapeDtypeStruct((ROWS, self.products["qkv"].columns), jnp.bfloat16)
+            found["qkv"] = jax.ShapeDtypeStruct((rows, self.products["qkv"].columns), jnp.bfloat16)
         return found
 
     @property
@@ -158,14 +189,20 @@ class _Plan:
                 *(plgpu.SMEM(shape, jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS) for shape in rings)
             ),
             "rows": plgpu.SMEM((self.kept_rows, ROW_NUMBERS), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
-            "half": plgpu.SMEM((ROWS, self.kept), jnp.float32, transforms=halves),
+            "half": plgpu.SMEM((self.groups, GROUP_ROWS, self.kept), jnp.float32, transforms=halves),
+            "split": plgpu.SMEM((GROUP_ROWS if self.splits else 8, SPLIT_STRIDE), jnp.float32),
+            "split_full": plgpu.Barrier(),
+            "split_empty": plgpu.Barrier(),
             "weights_full": plgpu.Barrier(num_barriers=self.weight_slots),
-            "weights_empty": plgpu.Barrier(num_barriers=self.weight_slots),
+            "weights_empty": plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=self.weight_slots),
             "rows_full": plgpu.Barrier(num_barriers=self.row_slots),
-            "rows_empty": plgpu.ClusterBarrier(collective_axes=("side",), num_barriers=self.row_slots),
-            "half_full": plgpu.Barrier(),
+            "rows_empty": plgpu.ClusterBarrier(
+                collective_axes=("side",), num_arrivals=MULTIPLIERS, num_barriers=self.row_slots
+            ),
+            # One for all groups: of a barrier with a number JAX 0.11.2 finds another at the other program.
+            "half_full": plgpu.Barrier(num_arrivals=self.groups),
             "written": plgpu.Barrier(),
-            "done": plgpu.ClusterBarrier(collective_axes=("side",)),
+            "done": plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=MULTIPLIERS),
         }
 
 
@@ -181,14 +218,12 @@ def _kernel(plan, o, x, *refs):
         program.weights = dict(zip(names, weights, strict=True))
         program.found = dict(zip(results, found, strict=True))
         warpgroup = jax.lax.axis_index("warpgroup")
-        for number, (work, registers, action) in enumerate(
-            [
-                (program.copy_weights, 136, "decrease"),
-                (program.copy_rows, 40, "decrease"),
-                (program.multiply_all, 232, "increase"),
-            ]
+        for chosen, work, registers, action in (
+            (warpgroup == 0, program.copy_weights, REGISTERS[0], "decrease"),
+            (warpgroup == 1, program.copy_rows, REGISTERS[1], "decrease"),
+            (warpgroup >= FIRST_MULTIPLIER, program.multiply_all, REGISTERS[2], "increase"),
         ):
-            pl.when(warpgroup == number)(functools.partial(_with_registers, registers, action, work))
+            pl.when(chosen)(functools.partial(_with_registers, registers, action, work))
 
     pl.run_scoped(scoped, *shared.values(), collective_axes="warpgroup")
 
@@ -285,7 +320,7 @@ class _Program:
         sources = [self.o, *(self.found[name] for name in ("middle", "hidden", "x"))]
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
             if index:
-                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS)
+                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS * self.plan.groups)
                 plgpu.barrier_arrive(self.written)
 
             def copy_tile(_, carry, product=product, source=source):
@@ -309,17 +344,22 @@ class _Program:
         """Multiplies the tiles of all products and writes their results."""
         # The slots that come next, of weights and of rows.
         self.slots = jnp.int32(0), jnp.int32(0)
+        number = jax.lax.axis_index("warpgroup") - FIRST_MULTIPLIER
+        # Which rows the warpgroup multiplies, and whether the sums end with it.
+        self.group, self.part = (jnp.int32(0), number) if self.plan.splits else (number, jnp.int32(0))
+        self.group_rows = pl.ds(self.group * GROUP_ROWS, GROUP_ROWS)
+        self.columns = pl.ds(self.number * self.plan.kept, self.plan.kept)
         plgpu.griddepcontrol_wait()
-        columns = pl.ds(self.number * self.plan.kept, self.plan.kept)
-        x = plgpu.load(self.x.at[:, columns], layout=LAYOUT, optimized=False).astype(jnp.float32)
+        if self.plan.splits:
+            pl.when(self.part == 0)(lambda: plgpu.barrier_arrive(self.split_empty))
         with jax.named_scope("out"):
-            x = self.add("out", x, columns, "middle", 0)
+            self.add("out", self.x, "middle", 0)
         self.meet(0)
         with jax.named_scope("gate_up"):
             self.normed_tiles("gate_up", 0)
         self.meet(1)
         with jax.named_scope("down"):
-            self.add("down", x, columns, "x", 1)
+            self.add("down", self.found["middle"], "x", 1)
         if "qkv" in self.products:
             self.meet(2)
             with jax.named_scope("qkv"):
@@ -328,93 +368,189 @@ class _Program:
         plgpu.barrier_arrive(self.done)
         plgpu.barrier_wait(self.done)
 
-    def add(self, name, x, columns, wanted, which):
-        """Adds a product to the program's part of the residual stream, float32 [ROWS, kept]; returns it rounded."""
+    def add(self, name, residual, wanted, which):
+        """Adds a product to the program's part of the residual stream, rounds it and leaves its squares."""
         product, kept = self.products[name], self.plan.kept
-        sums = self.multiply(product, *self.slots)
-        self.slots = self.after(product, *self.slots)
-        halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (ROWS, kept))
-        mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
-        plgpu.async_store_smem(
-            theirs, self.half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
-        )
-        plgpu.barrier_wait(self.half_full)
-        y = x + (mine + plgpu.load(self.half, layout=LAYOUT, optimized=False))
-        y = y.astype(jnp.bfloat16)
-        self.found[wanted].at[:, columns][...] = y
-        x = y.astype(jnp.float32)
-        self.found["squares"].at[which, :, self.number][...] = (x * x).sum(axis=1)
-        return x
+        # On the way while the product is multiplied.
+        x = plgpu.load(residual.at[self.group_rows, self.columns], layout=LAYOUT, optimized=False)
+
+        def write(sums):
+            halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (GROUP_ROWS, kept))
+            mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
+            half = self.half.at[self.group]
+            plgpu.async_store_smem(
+                theirs, half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
+            )
+            plgpu.barrier_wait(self.half_full)
+            y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=LAYOUT, optimized=False))
+            y = y.astype(jnp.bfloat16)
+            self.found[wanted].at[self.group_rows, self.columns][...] = y
+            wide = y.astype(jnp.float32)
+            self.found["squares"].at[which, self.group_rows, self.number][...] = (wide * wide).sum(axis=1)
+
+        self.slots = self.multiply(product, *self.slots, write)
 
     def normed_tiles(self, name, which):
         """Writes the program's tiles of "gate_up" or "qkv"."""
         product, plan = self.products[name], self.plan
-        # On the way while the product is multiplied.
-        squares = plgpu.load(self.found["squares"].at[which], layout=LAYOUT, optimized=False)
+        squares = plgpu.load(self.found["squares"].at[which, self.group_rows], layout=LAYOUT, optimized=False)
 
         def tile(i, slots):
-            y = self.multiply(product, *slots)
-            inverse = jax.lax.rsqrt(squares.sum(axis=1) / plan.width + plan.epsilon)
-            y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
             first = self.first_column(product, i)
-            if name != "gate_up":
-                self.found[name].at[:, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
-                return self.after(product, *slots)
-            for n in range(0, product.tile, 2 * GATE_COLUMNS):
-                gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
-                columns = pl.ds((first + n) // 2, GATE_COLUMNS)
-                self.found["hidden"].at[:, columns][...] = (plan.activation(gate) * up).astype(jnp.bfloat16)
-            return self.after(product, *slots)
+
+            def write(y):
+                inverse = jax.lax.rsqrt(squares.sum(axis=1) / plan.width + plan.epsilon)
+                y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
+                if name != "gate_up":
+                    self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
+                    return
+                for n in range(0, product.tile, 2 * GATE_COLUMNS):
+                    gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
+                    columns = pl.ds((first + n) // 2, GATE_COLUMNS)
+                    hidden = (plan.activation(gate) * up).astype(jnp.bfloat16)
+                    self.found["hidden"].at[self.group_rows, columns][...] = hidden
+
+            return self.multiply(product, *slots, write)
 
         self.slots = jax.lax.fori_loop(0, self.tiles(product), tile, self.slots)
 
-    def after(self, product, weight_slot, row_slot):
-        """Returns the slots that come next after one more tile."""
-        weights = weight_slot + product.length // product.depth
-        rows = row_slot + product.length // ROW_NUMBERS
-        return jax.lax.rem(weights, jnp.int32(self.plan.weight_slots)), jax.lax.rem(
-            rows, jnp.int32(self.plan.row_slots)
-        )
+    def multiply(self, product, weight_slot, row_slot, write):
+        """Does write(rows · weights of a tile), float32 [GROUP_ROWS, tile], and returns the slots after the tile's."""
+        if self.plan.split(product):
+            sums, place = self.half_of_sums(product, weight_slot, row_slot), self.split.at[:, pl.ds(0, product.tile)]
 
-    def multiply(self, product, weight_slot, row_slot):
-        """Returns rows · weights of a tile, float32 [ROWS, tile], which begins in these slots; frees its slots."""
-        plan, depth, ring = self.plan, product.depth, self.rings[product.depth]
+            @pl.when(self.part == 1)
+            def _():
+                plgpu.barrier_wait(self.split_empty)
+                place[...] = sums
+                plgpu.barrier_arrive(self.split_full)
 
-        def free(empty, slot, slots):
-            plgpu.barrier_arrive(empty.at[_back(slot, 1, slots)])
+            @pl.when(self.part == 0)
+            def _():
+                plgpu.barrier_wait(self.split_full)
+                others = plgpu.load(place, layout=LAYOUT, optimized=False)
+                plgpu.barrier_arrive(self.split_empty)
+                write(sums + others)
+        elif self.plan.splits:
+            pl.when(self.part == 0)(lambda: write(self.sums(product, weight_slot, row_slot)))
+            pl.when(self.part == 1)(lambda: self.pass_by(product, weight_slot, row_slot))
+        else:
+            write(self.sums(product, weight_slot, row_slot))
+        weight_slot += product.length // product.depth
+        row_slot += product.length // ROW_NUMBERS
+        slots = jnp.int32(self.plan.weight_slots), jnp.int32(self.plan.row_slots)
+        return jax.lax.rem(weight_slot, slots[0]), jax.lax.rem(row_slot, slots[1])
+
+    def sums(self, product, weight_slot, row_slot):
+        """Returns rows · weights of a tile, which begins in these slots, float32 [GROUP_ROWS, tile]."""
+        ring, depths = self.rings[product.depth], {"weights": product.depth, "rows": ROW_NUMBERS}
+        block, step = max(depths.values()), min(depths.values())
 
         def scope(sums):
             def multiply_block(i, slots):
-                weight_slot, row_slot = slots
-                plgpu.barrier_wait(self.rows_full.at[row_slot])
-                for at in range(0, ROW_NUMBERS, depth):
-                    plgpu.barrier_wait(self.weights_full.at[weight_slot])
+                slots = dict(zip(depths, slots, strict=True))
+                for at in range(0, block, step):
+                    for kind, depth in depths.items():
+                        if at % depth == 0:
+                            self.wait_full(kind, slots[kind])
+                    x = self.rows.at[self.rows_of(slots["rows"]), pl.ds(at % ROW_NUMBERS, step)]
+                    w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % product.depth, step)]
                     mosaic_gpu.show_copies()
-                    x = self.rows.at[pl.ds(row_slot * plan.rows, ROWS), pl.ds(at, depth)]
-                    w = ring.at[weight_slot, pl.ds(0, product.tile)]
                     plgpu.wgmma(sums, x, w.transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # All before this one are done.
-                    free_weights = functools.partial(free, self.weights_empty, weight_slot, plan.weight_slots)
-                    if at:
-                        free_weights()
-                    else:
-                        pl.when(i > 0)(free_weights)
-                        pl.when(i > 0)(lambda: free(self.rows_empty, row_slot, plan.row_slots))
-                    weight_slot = _next(weight_slot, plan.weight_slots)
-                return weight_slot, _next(row_slot, plan.row_slots)
+                    for kind, depth in depths.items():
+                        free = functools.partial(self.free, kind, slots[kind], 1)
+                        if at and at % depth == 0:
+                            free()
+                        elif not at:
+                            pl.when(i > 0)(free)
+                        if (at + step) % depth == 0:
+                            slots[kind] = _next(slots[kind], self.slots_of(kind))
+                return tuple(slots.values())
 
-            jax.lax.fori_loop(0, product.length // ROW_NUMBERS, multiply_block, (weight_slot, row_slot))
-            return sums[...]
+            slots = jax.lax.fori_loop(0, product.length // block, multiply_block, (weight_slot, row_slot))
+            return sums[...], *slots
 
-        sums = pl.run_scoped(scope, plgpu.ACC((ROWS, product.tile), jnp.float32))
-        weight_slot, row_slot = self.after(product, weight_slot, row_slot)
-        free(self.weights_empty, weight_slot, plan.weight_slots)
-        free(self.rows_empty, row_slot, plan.row_slots)
+        sums, *slots = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, product.tile), jnp.float32))
+        for kind, slot in zip(depths, slots, strict=True):
+            self.free(kind, slot, 1)
         return sums
+
+    def half_of_sums(self, product, weight_slot, row_slot):
+        """Returns what `sums` does, of one half of the numbers; the other warpgroup has those of the other half."""
+        ring = self.rings[product.depth]
+        row_slots = self.plan.row_slots
+
+        def scope(sums):
+            def multiply_copy(i, slots):
+                weight_slot, row_slot = slots
+                both = row_slot, _next(row_slot, row_slots)
+                mine, others = (jnp.where(self.part == n, *both[::-1]) for n in (1, 0))
+                self.wait_full("rows", mine)
+                self.wait_full("weights", weight_slot)
+                x = self.rows.at[self.rows_of(mine)]
+                w = ring.at[weight_slot, pl.ds(0, product.tile), pl.ds(self.part * ROW_NUMBERS, ROW_NUMBERS)]
+                mosaic_gpu.show_copies()
+                plgpu.wgmma(sums, x, w.transpose((1, 0)))
+                # Who waits for a barrier has to wait for it every time.
+                self.wait_full("rows", others)
+                plgpu.wgmma_wait(1)  # All before this one are done.
+                self.free("rows", others)
+
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_arrive(self.rows_empty.at[_back(mine, 2, row_slots)])
+                    self.free("weights", weight_slot, 1)
+
+                return _next(weight_slot, self.plan.weight_slots), _next(both[1], row_slots)
+
+            slots = jax.lax.fori_loop(0, product.length // product.depth, multiply_copy, (weight_slot, row_slot))
+            return sums[...], *slots
+
+        sums, weight_slot, row_slot = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, product.tile), jnp.float32))
+        self.free("rows", _back(row_slot, 2 - self.part, row_slots))
+        self.free("weights", weight_slot, 1)
+        return sums
+
+    def pass_by(self, product, weight_slot, row_slot):
+        """Frees the slots of a tile that the other warpgroup multiplies."""
+        depths = {"weights": product.depth, "rows": ROW_NUMBERS}
+        block = max(depths.values())
+
+        def pass_block(_, slots):
+            slots = dict(zip(depths, slots, strict=True))
+            for kind, depth in depths.items():
+                for _ in range(block // depth):
+                    self.wait_full(kind, slots[kind])
+                    self.free(kind, slots[kind])
+                    slots[kind] = _next(slots[kind], self.slots_of(kind))
+            return tuple(slots.values())
+
+        jax.lax.fori_loop(0, product.length // block, pass_block, (weight_slot, row_slot))
+
+    def slots_of(self, kind):
+        """How many slots there are, of "weights" or "rows"."""
+        return self.plan.weight_slots if kind == "weights" else self.plan.row_slots
+
+    def rows_of(self, slot):
+        """Where the warpgroup's rows of a slot lie."""
+        return pl.ds(slot * self.plan.rows + self.group * GROUP_ROWS, GROUP_ROWS)
+
+    def wait_full(self, kind, slot):
+        """Waits until what comes next to a slot is there."""
+        plgpu.barrier_wait((self.weights_full if kind == "weights" else self.rows_full).at[slot])
+
+    def free(self, kind, slot, before=0):
+        """Says that the warpgroup no longer needs the slot that is so many before."""
+        if before:
+            slot = _back(slot, before, self.slots_of(kind))
+        if kind == "rows":  # At a cluster's barrier one warp arrives for all.
+            mosaic_gpu.join()
+        plgpu.barrier_arrive((self.weights_empty if kind == "weights" else self.rows_empty).at[slot])
 
     def meet(self, index):
         """Tells all programs that this one has written its part of a product, and waits for theirs."""
         with jax.named_scope("tell"):
-            mosaic_gpu.count(self.mine.at[index * APART])
+            pl.when(self.part == 0)(lambda: mosaic_gpu.count(self.mine.at[index * APART]))
         with jax.named_scope("meet"):
             plgpu.barrier_wait(self.written)

@@ -12,10 +12,10 @@ PRODUCTS, SHARED_SUMS = ("out", "gate_up", "down", "qkv"), ("out", "down")
 # Programs, in clusters of SIDES; a Hopper has 132 multiprocessors and all programs must run at once.
 PROGRAMS, SIDES = 128, 2
 PAIRS = PROGRAMS // SIDES
-# Rows of a product, whatever there are: the fewest that tensor cores multiply.
-ROWS = 64
-# Numbers of a row, and of weights, that are copied at a time.
-ROW_NUMBERS, WEIGHT_NUMBERS = 256, 8192
+# Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take; and those of a program.
+GROUP_ROWS, MOST_ROWS = 64, 128
+# Weights, and the most numbers of each column, that are copied at a time.
+WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 # Columns of the gate, and then as many of up, that lie beside each other in the weights: what tensor cores tell apart.
 GATE_COLUMNS = 8
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
@@ -50,17 +50,22 @@ class Product:
     def depth(self) -> int:
         """Numbers of each column that are copied at a time."""
         depth = LEAST_DEPTH
-        while 2 * depth * self.tile <= WEIGHT_NUMBERS and 2 * depth <= ROW_NUMBERS:
+        while 2 * depth * self.tile <= WEIGHT_NUMBERS and 2 * depth <= MOST_DEPTH:
             depth *= 2
         return depth
 
     def fits(self) -> bool:
         """Whether the kernel takes it: whole copies, and as many tiles for both programs of a cluster."""
-        if not self.tile or self.length % ROW_NUMBERS or (self.shared and self.tiles != PAIRS):
+        if not self.tile or self.length % MOST_DEPTH or (self.shared and self.tiles != PAIRS):
             return False
         if self.own is None and self.tiles % SIDES:
             return False
         return 2 * self.tile * self.depth % (WARPGROUP * CHUNK) == 0
+
+
+def groups(rows: int) -> int:
+    """Returns how many warpgroups multiply so many rows."""
+    return -(-rows // GROUP_ROWS)
 
 
 def divided(name: str, columns: int, length: int) -> Product:

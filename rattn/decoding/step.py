@@ -33,7 +33,7 @@ class Kernels:
     Attributes:
       attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
       products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent",
-        `rattn.decoding.products_persistent_gpu`, for up to its ROWS; the weights lie as both take them.
+        `rattn.decoding.products_persistent_gpu`, for up to its MOST_ROWS; the weights lie as both take them.
       ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
     """
 
@@ -51,7 +51,7 @@ class Handed(NamedTuple):
     """What a layer hands to the next.
 
     Attributes:
-      x_BD: the residual stream; ROWS rows, of which the first B are the sequences', where products are one kernel.
+      x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
       arrivals_BK: zeros, where attention is a kernel.
       counters: of products, where they are one kernel.
@@ -107,12 +107,12 @@ def step(
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
-    most_rows = products_persistent_plan.ROWS if kernels.persistent else products_gpu.MOST_ROWS
+    most_rows = products_persistent_plan.MOST_ROWS if kernels.persistent else products_gpu.MOST_ROWS
     if most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
     per_layer = weights["layers"]
     handed = Handed(
-        x_BD=jnp.pad(x_BD, ((0, products_persistent_plan.ROWS - B), (0, 0))) if kernels.persistent else x_BD,
+        x_BD=products_persistent_gpu.padded(x_BD) if kernels.persistent else x_BD,
         qkv_BKAH=project(layers[0], per_layer[0], x_BD),
         arrivals_BK=None if kernels.attention == "none" else jnp.zeros((B, model.kv_heads), jnp.int32),
         counters=products_persistent_gpu.zero_counters() if kernels.persistent else None,

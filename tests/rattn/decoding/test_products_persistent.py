@@ -10,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
-from rattn.decoding.products_persistent_plan import GATE_COLUMNS
+from rattn.decoding.products_persistent_plan import GATE_COLUMNS, GROUP_ROWS
+from rattn.errors import UserError
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
 from tests.rattn.decoding.test_products import check_model
@@ -39,7 +40,7 @@ def arrays(rows, shapes):
     sizes = np.logspace(-1, 1, rows)[:, None]
     width, length = shapes["out"]
     given = {"o": random.standard_normal((rows, length)) * sizes}
-    x = np.full((products_persistent_plan.ROWS, width), np.nan)
+    x = np.full((-(-rows // GROUP_ROWS) * GROUP_ROWS, width), np.nan)
     x[:rows] = random.standard_normal((rows, width)) * sizes
     given["x"] = x
     weights = {}
@@ -137,7 +138,9 @@ def test_the_reference_is_the_model(miniature):
         assert 0 < error < np.sqrt(9 / 3) * 2.0**-8, name
 
 
-@pytest.mark.parametrize(("shapes", "rows"), [(WIDE, 1), (WIDE, 12), (DEEP, 32), (MANY, 64), (HUGE, 64)])
+@pytest.mark.parametrize(
+    ("shapes", "rows"), [(WIDE, 1), (WIDE, 12), (DEEP, 32), (MANY, 64), (HUGE, 64), (DEEP, 72), (HUGE, 128)]
+)
 def test_the_kernel_lowers_for_a_hopper(shapes, rows):
     assert products_persistent_plan.fits(jnp.bfloat16, shapes)
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays(rows, shapes))
@@ -188,11 +191,11 @@ def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 32, 40, 64])
+@pytest.mark.parametrize("rows", [1, 16, 32, 40, 64, 72, 96, 128])
 def test_the_ring_of_weights_does_not_lock(rows):
     """Whoever copies weights and whoever multiplies them wait for each other, but not both."""
     plan = products_persistent_gpu._Plan(rows, weight_shapes(DEEP), EPSILON, None)
-    assert plan.row_slots > 2
+    assert plan.row_slots > 3
     copies, late = sum(p.length // p.depth for p in plan.products.values()), plan.late
     step = shown = multiplied = freed = 0
     while freed < copies:
@@ -216,8 +219,21 @@ def test_what_fits():
     assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
 
 
-def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
+@pytest.fixture
+def hopper(monkeypatch):
+    """Has kernels ask for a Hopper and find one."""
     monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    monkeypatch.setattr(devices, "multiprocessors", lambda: 132)
+
+
+def test_fewer_multiprocessors_than_programs_are_an_error(miniature, hopper, monkeypatch):
+    """Programs wait for each other, so all of them have to run at once."""
+    monkeypatch.setattr(devices, "multiprocessors", lambda: 114)
+    with pytest.raises(UserError, match="runs on 128 multiprocessors and there are 114; use 'auto'"):
+        miniature(fold_tokens=2, products="pallas_gpu_persistent", **MINIATURE)
+
+
+def test_more_rows_than_fit_are_left_to_xla(miniature, hopper, monkeypatch):
     mini = miniature(fold_tokens=2, attention="xla", products="pallas_gpu_persistent", **MINIATURE)
 
     def kernels():
@@ -227,7 +243,7 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
 
     # One for each of two layers, of which the last has none after it.
     assert kernels() == 2
-    monkeypatch.setattr(products_persistent_plan, "ROWS", 2)
+    monkeypatch.setattr(products_persistent_plan, "MOST_ROWS", 2)
     assert not kernels()
 
 
@@ -241,6 +257,9 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
         (32, DEEP, "gelu"),
         (40, WIDE, "silu"),
         (64, DEEP, "gelu"),
+        (72, WIDE, "silu"),
+        (100, MANY, "gelu"),
+        (128, DEEP, "gelu"),
     ],
 )
 def test_on_a_gpu_products_by_hand(rows, shapes, activation):
