@@ -222,6 +222,11 @@ def _times(x: jax.Array, weights: Weights, *names: str) -> jax.Array:
     return jnp.einsum(EQUATIONS[name], x, weights[name])
 
 
+def projection_weights(weights: Weights) -> Weights:
+    """Returns those of a layer's weights that `project` takes; they are alike in all layers of a model."""
+    return {name: weights[name] for name in ("mixer_norm_D", "qkv_DKAH", "qkv_KAHD") if name in weights}
+
+
 def project(layer: LayerSpec, weights: Weights, x: jax.Array) -> jax.Array:
     """Norms and projects the residual stream [..., D] to qkv [..., K, A, H]."""
     return _times(_normed(layer, weights, "mixer_norm_D", x), weights, "qkv_DKAH", "qkv_KAHD")

@@ -78,6 +78,8 @@ def padded(x_BD: jax.Array) -> jax.Array:
     return jnp.pad(x_BD, ((0, -x_BD.shape[0] % GROUP_ROWS), (0, 0)))
 
 
+# Lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("epsilon", "activation"))
 def run(
     o_BE: jax.Array,
     x_RD: jax.Array,

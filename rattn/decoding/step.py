@@ -21,7 +21,7 @@ from rattn.decoding import (
     products_persistent_plan,
 )
 from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, folded
-from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project
+from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project, projection_weights
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import ACTIVATIONS, rope_angles
 
@@ -110,16 +110,18 @@ def step(
     most_rows = products_persistent_plan.MOST_ROWS if kernels.persistent else products_gpu.MOST_ROWS
     if most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
+    if kernels.persistent:
+        x_BD = products_persistent_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
-        x_BD=products_persistent_gpu.padded(x_BD) if kernels.persistent else x_BD,
+        x_BD=x_BD,
         qkv_BKAH=project(layers[0], per_layer[0], x_BD),
         arrivals_BK=None if kernels.attention == "none" else jnp.zeros((B, model.kv_heads), jnp.int32),
         counters=products_persistent_gpu.zero_counters() if kernels.persistent else None,
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
-        following = per_layer[number + 1] if number + 1 < len(layers) else None
+        following = projection_weights(per_layer[number + 1]) if number + 1 < len(layers) else None
         handed, layer_cache = _layer_step(
             layer, cache.layout, kernels, rotation, per_layer[number], following, layer_cache, cache.clock, handed
         )
@@ -195,7 +197,7 @@ def _layer_step(
 ) -> tuple[Handed, LayerCache]:
     """One layer's part of `step`: its attention and feed-forward, and the projections of the layer after it.
 
-    `following` are that layer's weights; `clock` is the one before the token.
+    `following` are that layer's weights for them; `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, counters = handed
     if _ring_attends(kernels, layer, layout):
