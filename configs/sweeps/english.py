@@ -12,7 +12,11 @@ of code can be seen not to be of code alone. Points stand in the order of their 
 from configs.sweeps import window
 from rattn.sweeping.points import product
 
-COMMON = window.COMMON | {"data.task": "text_files", "data.path": "data/english-8192", "data.files": "build/english/*/*.txt"}
+COMMON = window.COMMON | {
+    "data.task": "text_files",
+    "data.path": "data/english-8192",
+    "data.files": "build/english/*/*.txt",
+}
 EVALUATION = window.EVALUATION
 MODELS = (
     *product(mixer=["full"], seed=[0]),

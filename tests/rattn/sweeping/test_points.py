@@ -1,8 +1,13 @@
 """Points: settings, names, identities, what a sweep file may do wrong, which points run."""
 
+import shlex
+
 import pytest
 
+from configs.sweeps import english
+from rattn import prepare
 from rattn.config import load_config, to_json
+from rattn.data.preparation import Request
 from rattn.errors import UserError
 from rattn.sweeping.costs import trained_tokens
 from rattn.sweeping.points import identity, load_sweep, product, same_config, select
@@ -105,6 +110,16 @@ def test_the_sweeps_that_are_here_resolve(sweep, recipe, count):
             (trunk,) = (point for point in points if point.name == branch.trunk)
             assert trunk.config.checkpoint.keep_steps == (branch.config.init_from_step,)
             assert trunk.config.total_steps - trunk.config.optimizer.decay_steps == branch.first_step
+
+
+def test_english_asks_for_the_text_that_its_docstring_prepares():
+    """A prepared folder remembers what it was made from, and a run that asks for anything else does not start."""
+    lines = english.__doc__.replace("\\\n", " ").splitlines()
+    (arguments,) = (line.partition("rattn.prepare")[2] for line in lines if "-m rattn.prepare" in line)
+    prepared = prepare._parse(shlex.split(arguments))
+    points = load_sweep("configs/sweeps/english.py", "configs/small.py", load_config("configs/small.py")).points
+    for data in (point.config.data for point in points):
+        assert (Request.from_config(data), data.path) == prepared
 
 
 def test_only_and_shard_choose_and_branches_stay_with_their_trunk(sweep_of):
