@@ -142,6 +142,8 @@ def keep_the_rest_in_view(axes: Axes, heights: dict[str, list[float]]) -> None:
     axes.annotate(
         f"beyond the top: {', '.join(above)}", (0.5, 1), xycoords="axes fraction", xytext=(0, -4),
         textcoords="offset points", ha="center", va="top", fontsize=8,
+        # Curves that leave at the top pass behind it.
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=10,
     )  # fmt: skip
 
 
