@@ -54,7 +54,7 @@ from rattn.decoding.layers import LayerSpec
 from rattn.model.layers import rope_angles
 
 # Key/value heads of all sequences from which it is used: with fewer, most multiprocessors would have no program.
-LEAST_HEADS = 64
+LEAST_HEADS = 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
 
