@@ -47,10 +47,10 @@ from rattn.decoding.products_persistent_plan import (
     groups,
 )
 
-# Bytes of a multiprocessor's 227 KiB that are used, and of them those of up to 64 rows, and of more.
-SHARED_BYTES, ROW_BYTES = 225 * 1024, (80 * 1024, 128 * 1024)
-# Numbers of a row that are copied at a time.
-ROW_NUMBERS = 128
+# Bytes of a multiprocessor's 227 KiB that are used.
+SHARED_BYTES = 225 * 1024
+# Those of rows, and the numbers of a row that are copied at a time: with up to 64 rows, and with more.
+ROW_BYTES, ROW_NUMBERS = (80 * 1024, 112 * 1024), (128, 64)
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -138,6 +138,7 @@ class _Plan:
     def __init__(self, rows, shapes, epsilon, activation):
         self.epsilon, self.activation = epsilon, activation
         self.groups = groups(rows)
+        self.row_numbers = ROW_NUMBERS[self.groups - 1]
         # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
         self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
         self.products = {
@@ -148,12 +149,12 @@ class _Plan:
         # Columns of the residual stream that a program keeps.
         self.kept = self.width // PROGRAMS
         # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
-        most, read = ROW_BYTES[self.groups - 1] // (2 * ROW_NUMBERS), self.groups * GROUP_ROWS
+        most, read = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers), self.groups * GROUP_ROWS
         self.row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
         self.kept_rows = (self.row_slots - 1) * self.rows + read
         self.splits = self.groups < MULTIPLIERS
         sums = 4 * read * self.kept + (4 * GROUP_ROWS * SPLIT_STRIDE if self.splits else 0)
-        rows = 2 * self.kept_rows * ROW_NUMBERS
+        rows = 2 * self.kept_rows * self.row_numbers
         self.weight_slots = (SHARED_BYTES - sums - rows) // (2 * WEIGHT_NUMBERS)
         # A slot is free when the one after it is multiplied, and so one is left.
         self.late = min(LATE, self.weight_slots - 1)
@@ -162,7 +163,7 @@ class _Plan:
 
     def split(self, product):
         """Whether both warpgroups multiply a tile, each one half of the numbers of every copy of weights."""
-        return self.splits and product.tile <= SPLIT_COLUMNS and product.depth == 2 * ROW_NUMBERS
+        return self.splits and product.tile <= SPLIT_COLUMNS and product.depth == 2 * self.row_numbers
 
     def results(self):
         """Types of what the kernel writes, its own notes among them."""
@@ -190,7 +191,7 @@ class _Plan:
             "rings": plgpu.RefUnion(
                 *(plgpu.SMEM(shape, jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS) for shape in rings)
             ),
-            "rows": plgpu.SMEM((self.kept_rows, ROW_NUMBERS), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
+            "rows": plgpu.SMEM((self.kept_rows, self.row_numbers), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
             "half": plgpu.SMEM((self.groups, GROUP_ROWS, self.kept), jnp.float32, transforms=halves),
             "split": plgpu.SMEM((GROUP_ROWS if self.splits else 8, SPLIT_STRIDE), jnp.float32),
             "split_full": plgpu.Barrier(),
@@ -319,6 +320,7 @@ class _Program:
             self.others[...] = jnp.zeros(COUNTERS, jnp.int32)
 
         carry, slots = (jnp.int32(0), jnp.int32(0)), self.plan.row_slots
+        numbers = self.plan.row_numbers
         sources = [self.o, *(self.found[name] for name in ("middle", "hidden", "x"))]
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
             if index:
@@ -328,17 +330,17 @@ class _Program:
             def copy_tile(_, carry, product=product, source=source):
                 def copy(j, carry):
                     count, slot = carry
-                    numbers = pl.ds(self.first(product) + j * ROW_NUMBERS, ROW_NUMBERS)
+                    at = pl.ds(self.first(product) + j * numbers, numbers)
                     mosaic_gpu.wait_if(count >= slots, self.rows_empty.at[slot])
                     plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(0, self.plan.rows), numbers],
+                        source.at[pl.ds(0, self.plan.rows), at],
                         self.rows.at[pl.ds(slot * self.plan.rows, self.plan.rows)],
                         self.rows_full.at[slot],
                         collective_axes=None if product.shared else "side",
                     )
                     return count + 1, _next(slot, slots)
 
-                return jax.lax.fori_loop(0, product.length // ROW_NUMBERS, copy, carry)
+                return jax.lax.fori_loop(0, product.length // numbers, copy, carry)
 
             carry = jax.lax.fori_loop(0, self.tiles(product), copy_tile, carry)
 
@@ -439,13 +441,13 @@ class _Program:
         else:
             write(self.sums(product, weight_slot, row_slot))
         weight_slot += product.length // product.depth
-        row_slot += product.length // ROW_NUMBERS
+        row_slot += product.length // self.plan.row_numbers
         slots = jnp.int32(self.plan.weight_slots), jnp.int32(self.plan.row_slots)
         return jax.lax.rem(weight_slot, slots[0]), jax.lax.rem(row_slot, slots[1])
 
     def sums(self, product, weight_slot, row_slot):
         """Returns rows · weights of a tile, which begins in these slots, float32 [GROUP_ROWS, tile]."""
-        ring, depths = self.rings[product.depth], {"weights": product.depth, "rows": ROW_NUMBERS}
+        ring, depths = self.rings[product.depth], {"weights": product.depth, "rows": self.plan.row_numbers}
         block, step = max(depths.values()), min(depths.values())
 
         def scope(sums):
@@ -455,7 +457,7 @@ class _Program:
                     for kind, depth in depths.items():
                         if at % depth == 0:
                             self.wait_full(kind, slots[kind])
-                    x = self.rows.at[self.rows_of(slots["rows"]), pl.ds(at % ROW_NUMBERS, step)]
+                    x = self.rows.at[self.rows_of(slots["rows"]), pl.ds(at % self.plan.row_numbers, step)]
                     w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % product.depth, step)]
                     mosaic_gpu.show_copies()
                     plgpu.wgmma(sums, x, w.transpose((1, 0)))
@@ -481,7 +483,7 @@ class _Program:
     def half_of_sums(self, product, weight_slot, row_slot):
         """Returns what `sums` does, of one half of the numbers; the other warpgroup has those of the other half."""
         ring = self.rings[product.depth]
-        row_slots = self.plan.row_slots
+        row_slots, numbers = self.plan.row_slots, self.plan.row_numbers
 
         def scope(sums):
             def multiply_copy(i, slots):
@@ -491,7 +493,7 @@ class _Program:
                 self.wait_full("rows", mine)
                 self.wait_full("weights", weight_slot)
                 x = self.rows.at[self.rows_of(mine)]
-                w = ring.at[weight_slot, pl.ds(0, product.tile), pl.ds(self.part * ROW_NUMBERS, ROW_NUMBERS)]
+                w = ring.at[weight_slot, pl.ds(0, product.tile), pl.ds(self.part * numbers, numbers)]
                 mosaic_gpu.show_copies()
                 plgpu.wgmma(sums, x, w.transpose((1, 0)))
                 # Who waits for a barrier has to wait for it every time.
@@ -516,7 +518,7 @@ class _Program:
 
     def pass_by(self, product, weight_slot, row_slot):
         """Frees the slots of a tile that the other warpgroup multiplies."""
-        depths = {"weights": product.depth, "rows": ROW_NUMBERS}
+        depths = {"weights": product.depth, "rows": self.plan.row_numbers}
         block = max(depths.values())
 
         def pass_block(_, slots):
