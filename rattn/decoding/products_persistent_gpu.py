@@ -11,19 +11,19 @@ multiprocessor stays for all four products. Its weights come through a ring of s
 up: while the programs finish one product and wait for each other, the weights of the next are on their way, and those
 of the first come while attention still ends.
 
-A program has four warpgroups: one copies weights, one copies rows, two multiply. These take 64 rows each, or, where
-there are no more, a half of every sum: with few columns a product is a chain of small products, one after the other.
+A program has four warpgroups: one copies weights, one copies rows, two multiply. These take 64 rows each; where there
+are no more, each takes one half of the sums of narrow tiles, which are chains of small products, one after another, and
+one of them all else.
 
 Programs work in pairs, clusters of two. Where there are tiles enough ("gate_up", "qkv") each has its own, and the copy
 engine brings rows, which are the same for all, to both at once. "out" and "down" have as few columns as the residual
 stream is wide, and a program would read more rows than weights: there a pair shares a tile, each takes half of the sum,
-and they exchange what they found.
-Weights are copied by threads, for the copy engine serves in order: rows, which all wait for, would stand behind what
-memory has yet to find.
+and they exchange what they found. Weights are copied by threads, for the copy engine serves in order: rows, which all
+wait for, would stand behind what memory has yet to find.
 
 A norm's scale is part of the weights that follow it (`rattn.decoding.layers`) and its 1 / RMS a factor of their
-product, from the sums of squares that those who write a row leave beside it. Results are added up in one order whatever
-the rows are, and a row's follow from that row alone.
+product, from the sums of squares that those who write a row leave beside it. A row's results follow from that row
+alone, and are added up in one order whatever the others are: one for up to 64 rows, and one for more.
 """
 
 import functools
