@@ -220,7 +220,7 @@ def arguments():
     parser.add_argument("--fold", type=int, nargs="+", default=[accounting.FOLD_TOKENS], help="C, tokens between folds")
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=ATTENTIONS)
     parser.add_argument("--products", nargs="+", default=["auto"], choices=PRODUCTS)
-    parser.add_argument("--constants", nargs="+", default=[""], help='of rattn.decoding: "module.NAME=value,…", or ""')
+    parser.add_argument("--constants", nargs="+", default=[""], help='of rattn.decoding: "module.NAME[.key]=value,…"')
     parser.add_argument("--state_dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=8, help="compilations at a time")
     parser.add_argument("--seconds", type=float, default=540, help="points that have not begun by then are left out")

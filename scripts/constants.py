@@ -28,10 +28,10 @@ def values_set(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
 def constants_set(text: str, package: str) -> Iterator[None]:
     """Sets the constants that `text` names, "module.NAME=value,…" below `package`; JAX traces everything anew.
 
-    A dataclass of integers is written as a tiling: 32:2:3:512.
+    One of a dictionary's is "module.NAME.key"; a dataclass of integers is written as a tiling: 32:2:3:512.
 
     Raises:
-      AttributeError, ModuleNotFoundError, ValueError: there is no such constant, module or value.
+      AttributeError, KeyError, ModuleNotFoundError, ValueError: there is no such constant, key, module or value.
     """
     if not text:
         yield
@@ -39,14 +39,20 @@ def constants_set(text: str, package: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for one in text.split(","):
             place, value = one.split("=")
-            module, name = place.split(".")
+            module, name, *keys = place.split(".")
             module = importlib.import_module(f"{package}.{module}")
-            present = getattr(module, name)
-            if dataclasses.is_dataclass(present):
-                value = type(present)(*map(int, value.split(":")))
-            else:
-                value = ast.literal_eval(value)
+            value = _parsed(value, getattr(module, name), *keys)
             stack.enter_context(values_set(module, {name: value}))
         jax.clear_caches()
         stack.callback(jax.clear_caches)
         yield
+
+
+def _parsed(value: str, present: Any, *keys: str) -> Any:
+    """Returns what `value` stands for in the place of `present`, or of what a dictionary has by a key."""
+    if keys:
+        key, *rest = keys
+        return {**present, key: _parsed(value, present[key], *rest)}
+    if dataclasses.is_dataclass(present):
+        return type(present)(*map(int, value.split(":")))
+    return ast.literal_eval(value)

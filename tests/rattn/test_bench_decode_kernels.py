@@ -76,12 +76,15 @@ def test_cases_lower_with_their_variants(monkeypatch):
 
 def test_constants_are_set_for_a_while():
     def values():
-        return attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, attention_gpu.TILING
+        return attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, attention_gpu.TILING, dict(products_gpu.TILES)
 
     before, text = values(), "attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3,attention_gpu.TILING=16:1:4:256:64"
-    with constants_set(text, "rattn.decoding"):
-        assert values() == (7, 3, attention_gpu.Tiling(16, 1, 4, 256, least=64))
+    with constants_set(f"{text},products_gpu.TILES.down=32:64:8:1", "rattn.decoding"):
+        tiles = before[3] | {"down": products_gpu.Tile(columns=32, depth=64, warps=8)}
+        assert values() == (7, 3, attention_gpu.Tiling(16, 1, 4, 256, least=64), tiles)
     assert before == values()
+    with pytest.raises(KeyError, match="up"), constants_set("products_gpu.TILES.up=32:64:8:1", "rattn.decoding"):
+        raise AssertionError("not reached")
     with (
         pytest.raises(AttributeError, match="MOST_PARTZ"),
         constants_set("attention_gpu.MOST_PARTZ=7", "rattn.decoding"),
