@@ -123,8 +123,8 @@ class Model:
         ring = 8 * model.kv_heads * model.head_dim * (model.window + point.fold)
         return point.batch * (self.cache_bytes(point) + 12 * model.vocab_size + scores + ring)
 
-    def compiled(self, point, options=None):
-        """Compiles C sampled steps and the fold, with options of XLA's."""
+    def compiled(self, point, options=None, deadline=float("inf")):
+        """Compiles C sampled steps and the fold, with options of XLA's; None where its turn comes after `deadline`."""
         decoder = self.decoder(point.fold, point.attention, point.products)
         layout = decoder.layout(point.batch, point.context)
         tokens = jax.ShapeDtypeStruct((point.batch,), jnp.int32)
@@ -133,6 +133,8 @@ class Model:
         keys = jax.eval_shape(lambda: keys_of(point))
         first = jax.ShapeDtypeStruct((), jnp.int32)
         with LOWERING, constants_set(point.constants, "rattn.decoding"):
+            if time.perf_counter() > deadline:
+                return None
             lowered = run.lower(self.weight_shapes(point.products), shapes, tokens, keys, first)
         return lowered.compile(compiler_options=options)
 
@@ -239,10 +241,10 @@ def compile_all(points, models, threads, deadline):
     compiled = {}
 
     def compile_one(point):
-        if time.perf_counter() > deadline:
-            return
         try:
-            compiled[point] = timed_compile(models[point.model], point)
+            run, seconds = timed_compile(models[point.model], point, deadline)
+            if run:
+                compiled[point] = run, seconds
         except Exception as error:
             print(f"{point}: not compiled yet, {said(error)}", flush=True)
 
@@ -253,10 +255,10 @@ def compile_all(points, models, threads, deadline):
     return compiled
 
 
-def timed_compile(model, point):
+def timed_compile(model, point, deadline=float("inf")):
     """Returns what `Model.compiled` returns and how many seconds it took."""
     start = time.perf_counter()
-    return model.compiled(point), time.perf_counter() - start
+    return model.compiled(point, deadline=deadline), time.perf_counter() - start
 
 
 def points_of(args, models, memory):

@@ -17,10 +17,10 @@ def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     out, compiled, measure = tmp_path / "decode.json", bench_decode.Model.compiled, bench_decode.measure
     real = bench_decode.Point(bench_decode.NARROW, 24, 4, 4, "auto", "auto")
 
-    def compiled_once(model, point):
+    def compiled_once(model, point, **how):
         if point.model == "full":
             raise ValueError("no such thing\nin detail")
-        return compiled(model, point) if point == real else None
+        return compiled(model, point, **how) if point == real else "not run"
 
     def measured_once(model, run, weights, point):
         if point.batch == 4 and point.model == bench_decode.WIDE:
@@ -46,6 +46,13 @@ def test_it_times_what_it_can_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot_decode", str(out), str(tmp_path / "decode.png")])
     plot_decode.main()
     assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+
+def test_nothing_is_lowered_after_the_deadline(models):
+    """Points are lowered one after another, and whoever waits for its turn may get it too late."""
+    point = bench_decode.Point("rattention:512", 4096, 32, 32, "xla", "xla")
+    assert models["rattention:512"].compiled(point, deadline=0.0) is None
+    assert bench_decode.compile_all([point], models, 1, deadline=0.0) == {}
 
 
 @pytest.fixture(scope="module")
