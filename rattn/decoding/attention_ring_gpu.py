@@ -53,7 +53,7 @@ from rattn.decoding.cache import CacheLayout
 from rattn.decoding.layers import LayerSpec
 from rattn.model.layers import rope_angles
 
-# Key/value heads of all sequences from which it is used: with fewer, most multiprocessors would have no program.
+# Key/value heads of all sequences from which it is used: with 32 it is faster than `attention_gpu`, fewer are untimed.
 LEAST_HEADS = 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}

@@ -86,12 +86,6 @@ class Decoder:
         for name, value in (("attention", attention), ("products", products)):
             if value in ("pallas_gpu_persistent", "pallas_gpu_ring") and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
-        programs = products_persistent_plan.PROGRAMS
-        if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:
-            raise UserError(
-                f"products={products!r} runs on {programs} multiprocessors and there are {devices.multiprocessors()}; "
-                "use 'auto'."
-            )
         if products == "auto":
             products = "pallas_gpu" if one_hopper else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
@@ -99,6 +93,12 @@ class Decoder:
         fits = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(products)
         if fits and not fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
             products = "xla"
+        programs = products_persistent_plan.PROGRAMS
+        if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:
+            raise UserError(
+                f"products={products!r} runs on {programs} multiprocessors and there are {devices.multiprocessors()}; "
+                "use 'auto'."
+            )
         self.attention, self.products = attention, products
         self._kernels = step.Kernels(kernels[attention], kernels[products], ring=attention == "pallas_gpu_ring")
         self._operators = sharding.operators()

@@ -95,7 +95,8 @@ def run(
       o_BE: bfloat16, what attention says; up to MOST_ROWS rows.
       x_RD: bfloat16, the residual stream, padded to whole GROUP_ROWS (`padded`); what the last rows are is nothing.
       weights: bfloat16 by product, [columns, length of sum]; "qkv" where a layer follows. Gate and up are
-        [tiles, 2, GATE_COLUMNS, length].
+        [tiles, 2, GATE_COLUMNS, length]. They are read before the kernel in front is done, so no kernel that may still
+        run may write them.
       counters: in which programs wait for each other; of the call before, or `zero_counters`.
       epsilon: of the norms.
       activation: of the gate.
@@ -153,9 +154,9 @@ class _Plan:
         self.row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
         self.kept_rows = (self.row_slots - 1) * self.rows + read
         self.splits = self.groups < MULTIPLIERS
-        sums = 4 * read * self.kept + (4 * GROUP_ROWS * SPLIT_STRIDE if self.splits else 0)
-        rows = 2 * self.kept_rows * self.row_numbers
-        self.weight_slots = (SHARED_BYTES - sums - rows) // (2 * WEIGHT_NUMBERS)
+        used = 2 * self.kept_rows * self.row_numbers + 4 * read * self.kept
+        used += 4 * GROUP_ROWS * SPLIT_STRIDE if self.splits else 0
+        self.weight_slots = (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS)
         # A slot is free when the one after it is multiplied, and so one is left.
         self.late = min(LATE, self.weight_slots - 1)
         assert self.weight_slots > 1, "A ring of one slot would wait for itself."
@@ -324,7 +325,7 @@ class _Program:
         sources = [self.o, *(self.found[name] for name in ("middle", "hidden", "x"))]
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
             if index:
-                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS * self.plan.groups)
+                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS * MULTIPLIERS)
                 plgpu.barrier_arrive(self.written)
 
             def copy_tile(_, carry, product=product, source=source):
@@ -349,7 +350,7 @@ class _Program:
         # The slots that come next, of weights and of rows.
         self.slots = jnp.int32(0), jnp.int32(0)
         number = jax.lax.axis_index("warpgroup") - FIRST_MULTIPLIER
-        # Which rows the warpgroup multiplies, and whether the sums end with it.
+        # Which rows the warpgroup multiplies, or which part of all sums; part 0 is who writes.
         self.group, self.part = (jnp.int32(0), number) if self.plan.splits else (number, jnp.int32(0))
         self.group_rows = pl.ds(self.group * GROUP_ROWS, GROUP_ROWS)
         self.columns = pl.ds(self.number * self.plan.kept, self.plan.kept)
@@ -503,6 +504,7 @@ class _Program:
 
                 @pl.when(i > 0)
                 def _():
+                    # All warps have met since their products were done, to free the other slot.
                     plgpu.barrier_arrive(self.rows_empty.at[_back(mine, 2, row_slots)])
                     self.free("weights", weight_slot, 1)
 
@@ -555,6 +557,7 @@ class _Program:
     def meet(self, index):
         """Tells all programs that this one has written its part of a product, and waits for theirs."""
         with jax.named_scope("tell"):
-            pl.when(self.part == 0)(lambda: mosaic_gpu.count(self.mine.at[index * APART]))
+            # By all that multiply, also those with nothing to write: nobody may come to the next meeting before them.
+            mosaic_gpu.count(self.mine.at[index * APART])
         with jax.named_scope("meet"):
             plgpu.barrier_wait(self.written)

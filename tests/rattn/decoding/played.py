@@ -1,12 +1,18 @@
 """Plays `products_persistent_gpu` on a CPU: its own code, a thread for each warpgroup of its 128 programs, in NumPy.
 
-Pallas interprets neither copies by threads nor counters in device memory. What is asynchronous happens at its latest
-here: a copy when it is waited for, a product when it is, with what its slots hold by then; so a slot that is freed too
-early gives wrong sums, and a barrier that passes somebody by, or on which all wait, is an error.
+Pallas interprets neither copies by threads nor counters in device memory. A product happens here when it is waited for,
+with what its slots hold by then; a copy by threads leaves no number in its slot when it is begun, and its own when it
+is waited for; the copy engine's happen at once. So what is read before it is there, or freed while it is needed, gives
+wrong sums, and a barrier that passes somebody by, or on which all wait, is an error, if threads come to it so.
+
+Of what is smaller than a warpgroup nothing is played: that its warps meet before one of them arrives for all, fences
+between threads, copy engine and tensor cores, the order of kernels.
 """
 
 import contextlib
+import random
 import threading
+import time
 import types
 
 import numpy as np
@@ -17,6 +23,8 @@ from rattn.decoding.products_persistent_plan import PAIRS, PROGRAMS, SIDES, WEIG
 
 # Nobody waits longer, unless all do.
 LOCKED_SECONDS = 30
+# How often a warpgroup is slow, so that others are ahead of it, and for how long at most.
+SLOW_SHARE, SLOW_SECONDS = 0.1, 0.05
 HERE = threading.local()
 FAILED = threading.Event()
 
@@ -36,6 +44,7 @@ class Ref:
         return np.array(self.array)
 
     def __setitem__(self, _, value):
+        assert self.shape == np.shape(value)
         self.array[...] = value
 
     def transpose(self, order):
@@ -101,8 +110,10 @@ def arrive(barrier):
 
 
 def wait(barrier):
-    """Waits for a barrier; for a cluster's, the one of the thread's own program."""
+    """Waits for a barrier, for a cluster's the one of the thread's own program; and then, at times, a little longer."""
     (barrier[HERE.side] if isinstance(barrier, tuple) else barrier).wait()
+    if HERE.random.random() < SLOW_SHARE:
+        time.sleep(SLOW_SECONDS * HERE.random.random())
 
 
 def products_done(but):
@@ -112,11 +123,17 @@ def products_done(but):
         sums += np.einsum("ij,jk->ik", x.array, w.array)
 
 
+def begin_copy(source, place, *_):
+    """Begins a copy by threads: from now on its place may hold anything."""
+    place.array[...] = np.nan
+    HERE.copies.append((place, source))
+
+
 def copies_done(but):
     """Does the copies that the thread has begun, except for the newest."""
     while len(HERE.copies) > but:
         place, source = HERE.copies.pop(0)
-        place.array[...] = source.array
+        place[...] = source.array
 
 
 def copy_rows(source, place, full, collective_axes):
@@ -219,7 +236,7 @@ def played(plan, given, counters):
         "mosaic_gpu": types.SimpleNamespace(
             wait_for_copies=copies_done,
             wait_if=lambda condition, barrier: wait(barrier) if condition else None,
-            copy=lambda source, place, *_: HERE.copies.append((place, source)),
+            copy=begin_copy,
             show_copies=lambda: None,
             join=lambda: None,
             count=count,
@@ -231,6 +248,7 @@ def played(plan, given, counters):
 
     def run(number, warpgroup, pair):
         HERE.warpgroup, HERE.pair, HERE.side = warpgroup, pair, number % SIDES
+        HERE.random = random.Random(4 * number + warpgroup)
         HERE.shared, HERE.products, HERE.copies = pair[HERE.side], [], []
         try:
             program = kernel._Program.__new__(kernel._Program)

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
-from rattn.decoding.products_persistent_gpu import COUNTERS
+from rattn.decoding.products_persistent_gpu import COUNTERS, MULTIPLIERS
 from rattn.decoding.products_persistent_plan import GATE_COLUMNS, GROUP_ROWS, PROGRAMS
 from rattn.errors import UserError
 from rattn.model.layers import ACTIVATIONS
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 WIDE = {"out": (1024, 512), "gate_up": (1536, 1024), "down": (1024, 1536), "qkv": (768, 1024)}
 DEEP = {"out": (2048, 2048), "gate_up": (6656, 2048), "down": (2048, 6656), "qkv": (3072, 2048)}
 MANY = {"out": (1024, 512), "gate_up": (10240, 1024), "down": (1024, 10240), "qkv": (17408, 1024)}
-SEVERAL = {"out": (1024, 512), "gate_up": (8704, 1024), "down": (1024, 8704), "qkv": (1072, 1024)}
+SEVERAL = {"out": (1024, 512), "gate_up": (8704, 1024), "down": (1024, 8704), "qkv": (2096, 1024)}
+BROAD = {"out": (4096, 512), "gate_up": (1024, 4096), "down": (4096, 1024), "qkv": (1024, 4096)}
 HUGE = {"out": (4096, 4096), "gate_up": (14336, 4096), "down": (4096, 14336), "qkv": (6144, 4096)}
 EPSILON = 1e-6
 MINIATURE = {
@@ -155,7 +156,7 @@ def test_the_kernel_lowers_for_a_hopper(shapes, rows):
     assert text.count("#stablehlo.output_operand_alias<") == 4
 
 
-@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY, SEVERAL, HUGE])
+@pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY, SEVERAL, BROAD, HUGE])
 def test_every_column_is_some_program_s(shapes):
     """Of each product all columns, and as many tiles for both programs of a cluster."""
     plan = products_persistent_gpu._Plan(1, weight_shapes(shapes), EPSILON, None)
@@ -195,7 +196,7 @@ def test_a_tile_lies_as_tensor_cores_read_it(rows, numbers):
 
 
 @pytest.mark.parametrize(
-    ("rows", "shapes"), [(5, WIDE), (12, SEVERAL), (32, WIDE), (64, WIDE), (72, SEVERAL), (128, WIDE)]
+    ("rows", "shapes"), [(5, WIDE), (12, SEVERAL), (32, BROAD), (64, WIDE), (72, SEVERAL), (128, WIDE)]
 )
 def test_the_kernel_played(rows, shapes):
     """Its own code with all that is asynchronous at its latest (`played`): by hand, and nobody waits for ever."""
@@ -204,7 +205,7 @@ def test_the_kernel_played(rows, shapes):
     found, counters = play(given, weights)
     assert_by_hand({name: found[name][:rows] for name in ("x", "qkv")}, by_hand("gelu", given))
     # Those of this call say that all were there, those of the next are zeros.
-    assert counters[0][counters[0] > 0].tolist() == 3 * [PROGRAMS * -(-rows // GROUP_ROWS)]
+    assert counters[0][counters[0] > 0].tolist() == 3 * [PROGRAMS * MULTIPLIERS]
     assert not counters[1].any()
     if rows == 5:
         last, _ = play(given, {name: w for name, w in weights.items() if name != "qkv"})
@@ -270,6 +271,7 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, hopper, monkeypatch):
         (72, WIDE, "silu"),
         (100, MANY, "gelu"),
         (128, DEEP, "gelu"),
+        (30, BROAD, "gelu"),
     ],
 )
 def test_on_a_gpu_products_by_hand(rows, shapes, activation):
