@@ -398,13 +398,14 @@ class _Program:
     def normed_tiles(self, name, which):
         """Writes the program's tiles of "gate_up" or "qkv"."""
         product, plan = self.products[name], self.plan
+        # While the rows are on their way.
         squares = plgpu.load(self.found["squares"].at[which, self.group_rows], layout=LAYOUT, optimized=False)
+        inverse = jax.lax.rsqrt(squares.sum(axis=1) / plan.width + plan.epsilon)
 
         def tile(i, slots):
             first = self.first_column(product, i)
 
             def write(y):
-                inverse = jax.lax.rsqrt(squares.sum(axis=1) / plan.width + plan.epsilon)
                 y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
                 if name != "gate_up":
                     self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
