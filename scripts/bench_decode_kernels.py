@@ -34,9 +34,10 @@ from rattn.decoding import (
     attention_ring_gpu,
     attention_ring_gpu_plan,
     products_gpu,
+    products_overlapped_gpu,
     products_persistent_gpu,
-    products_persistent_plan,
 )
+from rattn.decoding.decoder import MODULES
 from rattn.decoding.layers import layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
@@ -126,7 +127,9 @@ def arguments():
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     tiling = "slots:warps:stages:programs[:least], beside the one in use"
     parser.add_argument("--tilings", nargs="*", default=[], help=tiling)
-    parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
+    parser.add_argument(
+        "--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_overlapped:32", "pallas_gpu_persistent:32"]
+    )
     parser.add_argument("--timeline", action="store_true", help="of the programs of Mosaic GPU's kernels")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
     return parser.parse_args()
@@ -201,20 +204,22 @@ def products_case(model, text, rings=()):
     kind, rows = text.split(":")
     rows, persistent = int(rows), kind == "pallas_gpu_persistent"
     shapes = product_shapes(model)
-    gate_columns = (products_persistent_plan if persistent else products_gpu).GATE_COLUMNS
+    gate_columns = MODULES[kind].GATE_COLUMNS
     columns, length = shapes["gate_up"]
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
-    x_rows = products_persistent_plan.groups(rows) * products_persistent_plan.GROUP_ROWS if persistent else rows
+    x_rows = rows if kind == "pallas_gpu" else -(-rows // products_overlapped_gpu.ROWS) * products_overlapped_gpu.ROWS
     shared = {"o": (rows, shapes["out"][1]), "x": (x_rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
     how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}
 
     def run(own, shared):
         o, x, weights = shared["o"], shared["x"], own["weights"]
-        if not persistent:
+        if kind == "pallas_gpu":
             return products_gpu.run(o, x, weights, interpret=False, **how), own
+        if kind == "pallas_gpu_overlapped":
+            return products_overlapped_gpu.run(o, x, weights, **how), own
         *found, counters = products_persistent_gpu.run(o, x, weights, own["counters"], **how)
         return found, own | {"counters": counters}
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
-from rattn.decoding import layers, prefill, products_gpu, products_persistent_plan, step
+from rattn.decoding import layers, prefill, products_gpu, products_overlapped_gpu, products_persistent_plan, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
@@ -20,7 +20,15 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
-PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
+PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_overlapped", "pallas_gpu_persistent")
+# What fits the kernels for products, and how gate and up lie for them.
+MODULES = {
+    "pallas_gpu": products_gpu,
+    "pallas_gpu_overlapped": products_overlapped_gpu,
+    "pallas_gpu_persistent": products_persistent_plan,
+}
+# What runs on a Hopper GPU alone.
+HOPPER = ("pallas_gpu_ring", "pallas_gpu_overlapped", "pallas_gpu_persistent")
 
 
 class Decoder:
@@ -55,9 +63,10 @@ class Decoder:
             layers and batches that `attention_ring_gpu` fits. "auto" takes "pallas_gpu_ring" on one Hopper GPU,
             "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
-            "pallas_gpu" (`rattn.decoding.products_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, on a
-            Hopper GPU with a multiprocessor for each of its programs, which wait for each other), whose weights lie
-            otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
+            "pallas_gpu" (`rattn.decoding.products_gpu`) or, on a Hopper GPU, "pallas_gpu_overlapped"
+            (`products_overlapped_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, with a multiprocessor for
+            each of its programs, which wait for each other), whose weights lie otherwise; "xla" for others. "auto"
+            takes "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -84,14 +93,16 @@ class Decoder:
         if attention == "auto":
             attention = "pallas_gpu_ring" if one_hopper else "pallas_gpu" if one_gpu else "xla"
         for name, value in (("attention", attention), ("products", products)):
-            if value in ("pallas_gpu_persistent", "pallas_gpu_ring") and not devices.on_hopper():
+            if value in HOPPER and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
         if products == "auto":
             products = "pallas_gpu" if one_hopper else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
-        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how, "pallas_gpu_persistent": "persistent"}
-        fits = {"pallas_gpu": products_gpu.fits, "pallas_gpu_persistent": products_persistent_plan.fits}.get(products)
-        if fits and not fits(jnp.dtype(model.compute_dtype), layers.product_shapes(model)):
+        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how}
+        kernels |= {f"pallas_gpu_{kind}": kind for kind in ("overlapped", "persistent")}
+        if products in MODULES and not MODULES[products].fits(
+            jnp.dtype(model.compute_dtype), layers.product_shapes(model)
+        ):
             products = "xla"
         programs = products_persistent_plan.PROGRAMS
         if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:
@@ -109,8 +120,7 @@ class Decoder:
 
     def weights(self, parameters: Tree) -> dict[str, Any]:
         """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
-        products = products_persistent_plan if self._kernels.persistent else products_gpu
-        gate_columns = 0 if self._kernels.products == "none" else products.GATE_COLUMNS
+        gate_columns = MODULES[self.products].GATE_COLUMNS if self.products in MODULES else 0
         return layers.decoding_weights(self.model, parameters, self.sharding, gate_columns)
 
     def layout(self, batch: int, capacity: int) -> CacheLayout:

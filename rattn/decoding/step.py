@@ -17,6 +17,7 @@ from rattn.decoding import (
     attention_ring_gpu,
     attention_xla,
     products_gpu,
+    products_overlapped_gpu,
     products_persistent_gpu,
     products_persistent_plan,
 )
@@ -32,8 +33,9 @@ class Kernels:
 
     Attributes:
       attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
-      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent",
-        `rattn.decoding.products_persistent_gpu`, for up to its MOST_ROWS; the weights lie as both take them.
+      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows; "overlapped", by
+        `products_overlapped_gpu`, for up to its ROWS; or "persistent", by `products_persistent_gpu`, for up to its
+        MOST_ROWS. The weights lie as they take them.
       ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
     """
 
@@ -46,12 +48,18 @@ class Kernels:
         """Whether one kernel has all products between two layers' attention."""
         return self.products == "persistent"
 
+    @property
+    def most_rows(self) -> int:
+        """For how many rows there are kernels for products."""
+        of = {"overlapped": products_overlapped_gpu.ROWS, "persistent": products_persistent_plan.MOST_ROWS}
+        return of.get(self.products, products_gpu.MOST_ROWS)
+
 
 class Handed(NamedTuple):
     """What a layer hands to the next.
 
     Attributes:
-      x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
+      x_BD: the residual stream; padded where products are Mosaic kernels, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
       arrivals_BK: zeros, where attention is a kernel.
       counters: of products, where they are one kernel.
@@ -107,11 +115,11 @@ def step(
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
-    most_rows = products_persistent_plan.MOST_ROWS if kernels.persistent else products_gpu.MOST_ROWS
-    if most_rows < B:
+    if kernels.most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
-    if kernels.persistent:
-        x_BD = products_persistent_gpu.padded(x_BD)
+    pads = {"overlapped": products_overlapped_gpu.padded, "persistent": products_persistent_gpu.padded}
+    if kernels.products in pads:
+        x_BD = pads[kernels.products](x_BD)
     per_layer = weights["layers"]
     handed = Handed(
         x_BD=x_BD,
@@ -219,6 +227,8 @@ def _layer_step(
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
     if kernels.persistent:
         x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
+    elif kernels.products == "overlapped":
+        x_BD, qkv_BN = products_overlapped_gpu.run(o_BE, x_BD, given, **how)
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
