@@ -173,8 +173,12 @@ def wait_for_count(counter, value):
     wait(counter)
 
 
+def order_copies():
+    """Orders what threads have written, of this kernel or of one that is waited for, and what the copy engine reads."""
+    plgpu.inline_mgpu()(lambda _: _order_copies())()
+
+
 def _order_copies():
-    """Orders what threads write, and what the copy engine reads after that."""
     _assembly("fence.proxy.async;")
 
 

@@ -35,7 +35,8 @@ ROWS = 64
 GATE_COLUMNS = 8
 # Bytes of half a multiprocessor's shared memory that slots take.
 SHARED_BYTES = 104 * 1024
-# Programs that one tile each is made for; weight columns of a tile at most, which leave registers for another program.
+# Programs that one tile each is made for; weight columns of a tile at most, for which 128 registers a thread do, the
+# half of a multiprocessor's.
 PROGRAMS, MOST_COLUMNS = 128, 112
 # Numbers of a column that are copied at a time, of tiles of up to NARROW columns and of others.
 NARROW, NARROW_DEPTH, DEPTH = 32, 128, 64
@@ -211,6 +212,7 @@ class _Program:
         self.loop(0, early, self.copy_weights)
         if not self.interpret:
             plgpu.griddepcontrol_wait()
+            mosaic_gpu.order_copies()
         self.loop(0, early, self.copy_rows)
 
         def copy_both(j, slot):

@@ -108,7 +108,14 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "shapes", "activation"),
-    [(1, WIDE, "silu"), (12, WIDE, "gelu"), (32, DEEP, "gelu"), (40, WIDE, "silu"), (64, DEEP, "gelu")],
+    [
+        (1, WIDE, "silu"),
+        (12, WIDE, "gelu"),
+        (32, DEEP, "gelu"),
+        (32, HUGE, "silu"),
+        (40, WIDE, "silu"),
+        (64, DEEP, "gelu"),
+    ],
 )
 def test_on_a_gpu_products_by_hand(rows, shapes, activation):
     given = arrays(rows, shapes)
