@@ -33,6 +33,7 @@ from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
     attention_ring_gpu_plan,
+    mosaic_gpu,
     products_gpu,
     products_overlapped_gpu,
     products_persistent_gpu,
@@ -209,9 +210,10 @@ def products_case(model, text, rings=()):
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
-    x_rows = rows if kind == "pallas_gpu" else -(-rows // products_overlapped_gpu.ROWS) * products_overlapped_gpu.ROWS
-    shared = {"o": (rows, shapes["out"][1]), "x": (x_rows, model.width)}
+    shared = {"o": (rows, shapes["out"][1]), "x": (rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
+    if kind != "pallas_gpu":
+        shared["x"] = jax.eval_shape(mosaic_gpu.padded, shared["x"])
     how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}
 
     def run(own, shared):

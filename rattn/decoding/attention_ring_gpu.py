@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding import attention_ring_gpu_plan
+from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
 from rattn.decoding.attention_gpu import key_turns
 from rattn.decoding.attention_ring_gpu_answers import Answers
 from rattn.decoding.attention_ring_gpu_keys import Keys
@@ -173,13 +173,7 @@ def attend(
         functools.partial(_kernel, call, plan),
         out_type=jax.ShapeDtypeStruct((B, K, call.Q, H), v_BKSH.dtype),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            **PROFILE,
-        ),
+        compiler_params=mosaic_gpu.compiler_params(approx_math=True, **PROFILE),
         interpret=plan.interpret or False,
         name="decode_attention_ring",
     )(qkv_BKAH, *kept, state_BKPH, counts, *angles, turns_4TR, *scales, *branch_scales)

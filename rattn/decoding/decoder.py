@@ -20,13 +20,13 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
-PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_overlapped", "pallas_gpu_persistent")
 # What fits the kernels for products, and how gate and up lie for them.
 MODULES = {
     "pallas_gpu": products_gpu,
     "pallas_gpu_overlapped": products_overlapped_gpu,
     "pallas_gpu_persistent": products_persistent_plan,
 }
+PRODUCTS = ("auto", "xla", *MODULES)
 # What runs on a Hopper GPU alone.
 HOPPER = ("pallas_gpu_ring", "pallas_gpu_overlapped", "pallas_gpu_persistent")
 
@@ -99,10 +99,9 @@ class Decoder:
             products = "pallas_gpu" if one_hopper else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
         kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how}
-        kernels |= {f"pallas_gpu_{kind}": kind for kind in ("overlapped", "persistent")}
-        if products in MODULES and not MODULES[products].fits(
-            jnp.dtype(model.compute_dtype), layers.product_shapes(model)
-        ):
+        kernels |= {"pallas_gpu_overlapped": "overlapped", "pallas_gpu_persistent": "persistent"}
+        shapes = layers.product_shapes(model)
+        if products in MODULES and not MODULES[products].fits(jnp.dtype(model.compute_dtype), shapes):
             products = "xla"
         programs = products_persistent_plan.PROGRAMS
         if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:

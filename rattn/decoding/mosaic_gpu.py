@@ -6,6 +6,7 @@ programs wait for each other; a layout of few rows, and what warps find of their
 
 import dataclasses
 
+import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental import pallas as pl
@@ -16,8 +17,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 WARPGROUP, CHUNK = 128, 16
 # Numbers of bfloat16 in a line of shared memory, or of the cache.
 LINE = 64
+# Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take. Columns of the gate, and then
+# as many of up, that lie beside each other in the weights: what tensor cores tell apart.
+GROUP_ROWS, GATE_COLUMNS = 64, 8
 # How tiles lie that matrix products read.
 TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
+
+
+def compiler_params(**more):
+    """Returns parameters of kernels that say all layouts and barriers themselves: none is inferred, none added."""
+    return plgpu.CompilerParams(
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        **more,
+    )
+
+
+def padded(x_BD):
+    """Returns the rows of x with others behind them, to as many as warpgroups multiply."""
+    return jnp.pad(x_BD, ((0, -x_BD.shape[0] % GROUP_ROWS), (0, 0)))
+
+
+def gated(y, activation):
+    """Yields columns of a tile's result and activation(gate) · up there, from its sums, GATE_COLUMNS at a time."""
+    for n in range(0, y.shape[1], 2 * GATE_COLUMNS):
+        gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
+        yield n // 2, activation(gate) * up
 
 
 def rows_layout(rows, columns):

@@ -28,11 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
+from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
 
-# Rows that are multiplied, whatever there are: the fewest that tensor cores take.
-ROWS = 64
-# Columns of the gate, and then as many of up, that lie beside each other in the weights.
-GATE_COLUMNS = 8
+# Rows, as many as one warpgroup multiplies.
+MOST_ROWS = GROUP_ROWS
 # Bytes of half a multiprocessor's shared memory that slots take.
 SHARED_BYTES = 104 * 1024
 # Programs that one tile each is made for; weight columns of a tile at most, for which 128 registers a thread do, the
@@ -77,8 +76,8 @@ class Product:
         return NARROW_DEPTH if self.tile <= NARROW else DEPTH
 
     def slots(self, rows: int) -> int:
-        """How many there are; products read ROWS rows, and so past the last one."""
-        return (SHARED_BYTES - 2 * (ROWS - rows) * self.depth) // (2 * self.depth * (self.tile + rows))
+        """How many there are; products read GROUP_ROWS rows, and so past the last one."""
+        return (SHARED_BYTES - 2 * (GROUP_ROWS - rows) * self.depth) // (2 * self.depth * (self.tile + rows))
 
 
 def divided(name: str, columns: int, length: int) -> Product:
@@ -100,11 +99,6 @@ def fits(dtype: jnp.dtype, shapes: Mapping[str, tuple[int, int]]) -> bool:
     return dtype == jnp.bfloat16 and all(one.tile and one.length % one.depth == 0 for one in products)
 
 
-def padded(x_BD: jax.Array) -> jax.Array:
-    """Returns the residual stream with as many rows as are multiplied."""
-    return jnp.pad(x_BD, ((0, ROWS - x_BD.shape[0]), (0, 0)))
-
-
 def run(
     o_BE: jax.Array,
     x_RD: jax.Array,
@@ -117,8 +111,8 @@ def run(
     """Returns the residual stream x_RD and the next layer's qkv [R, columns], or None, both in bfloat16.
 
     Args:
-      o_BE: bfloat16, what attention says; up to ROWS rows.
-      x_RD: bfloat16, the residual stream, `padded`; what the last rows are is nothing.
+      o_BE: bfloat16, what attention says; up to MOST_ROWS rows.
+      x_RD: bfloat16, the residual stream, `mosaic_gpu.padded`; what the last rows are is nothing.
       weights: bfloat16 by product, [columns, length of sum]; "qkv" where a layer follows. Gate and up are
         [tiles, 2, GATE_COLUMNS, length]. They are read before the kernel in front is done, so no kernel that may still
         run may write them.
@@ -144,9 +138,9 @@ def _multiply(name, x, weights, beside, *, rows, epsilon, activation, interpret)
     weights = weights.reshape(-1, weights.shape[-1])
     width = weights.shape[0] // (2 if name == "gate_up" else 1)
     product = divided(name, width, weights.shape[1])
-    found = [jax.ShapeDtypeStruct((ROWS, width), jnp.bfloat16)]
+    found = [jax.ShapeDtypeStruct((GROUP_ROWS, width), jnp.bfloat16)]
     if product.adds:
-        found.append(jax.ShapeDtypeStruct((ROWS, product.programs), jnp.float32))
+        found.append(jax.ShapeDtypeStruct((GROUP_ROWS, product.programs), jnp.float32))
     mesh = plgpu.Mesh(
         grid=(product.programs // SIDES,),
         grid_names=("pair",),
@@ -158,7 +152,9 @@ def _multiply(name, x, weights, beside, *, rows, epsilon, activation, interpret)
     slots = product.slots(rows)
     assert slots > 1, "A slot is free when the next one is multiplied."
     shared = {
-        "rows": plgpu.SMEM((slots * rows + ROWS - rows, product.depth), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
+        "rows": plgpu.SMEM(
+            (slots * rows + GROUP_ROWS - rows, product.depth), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS
+        ),
         "weights": plgpu.SMEM((slots, product.tile, product.depth), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
         # Rows and weights arrive.
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=slots),
@@ -183,11 +179,7 @@ def _multiply(name, x, weights, beside, *, rows, epsilon, activation, interpret)
         kernel,
         out_type=tuple(found),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=mosaic_gpu.compiler_params(),
         interpret=interpret or False,
         name=f"decode_product_{name}",
     )(x, weights, beside)
@@ -253,18 +245,17 @@ class _Program:
         if product.name != "gate_up":
             self.out.at[:, pl.ds(self.first, tile)][...] = y.astype(jnp.bfloat16)
             return
-        for n in range(0, tile, 2 * GATE_COLUMNS):
-            gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
-            columns = pl.ds((self.first + n) // 2, GATE_COLUMNS)
-            self.out.at[:, columns][...] = (activation(gate) * up).astype(jnp.bfloat16)
+        for column, hidden in mosaic_gpu.gated(y, activation):
+            columns = pl.ds(self.first // 2 + column, GATE_COLUMNS)
+            self.out.at[:, columns][...] = hidden.astype(jnp.bfloat16)
 
     def sums(self):
-        """Returns rows · weights, float32 [ROWS, tile]."""
+        """Returns rows · weights, float32 [GROUP_ROWS, tile]."""
 
         def scope(sums):
             def multiply(j, slot):
                 plgpu.barrier_wait(self.full.at[slot])
-                x, w = self.rows.at[pl.ds(slot * self.count, ROWS)], self.weights.at[slot]
+                x, w = self.rows.at[pl.ds(slot * self.count, GROUP_ROWS)], self.weights.at[slot]
                 plgpu.wgmma(sums, x, w.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # All before this one are done.
 
@@ -278,7 +269,7 @@ class _Program:
             self.loop(0, self.copies, multiply)
             return sums[...]
 
-        return pl.run_scoped(scope, plgpu.ACC((ROWS, self.product.tile), jnp.float32))
+        return pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, self.product.tile), jnp.float32))
 
     def numbers(self, j):
         """Which numbers of a sum the copies of number j have."""

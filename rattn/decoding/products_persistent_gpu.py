@@ -35,9 +35,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
+from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
 from rattn.decoding.products_persistent_plan import (
-    GATE_COLUMNS,
-    GROUP_ROWS,
     PAIRS,
     PRODUCTS,
     PROGRAMS,
@@ -73,11 +72,6 @@ def zero_counters() -> tuple[jax.Array, jax.Array]:
     return (jnp.zeros(COUNTERS, jnp.int32),) * 2
 
 
-def padded(x_BD: jax.Array) -> jax.Array:
-    """Returns the residual stream with as many rows as are multiplied."""
-    return jnp.pad(x_BD, ((0, -x_BD.shape[0] % GROUP_ROWS), (0, 0)))
-
-
 # Lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("epsilon", "activation"))
 def run(
@@ -93,7 +87,7 @@ def run(
 
     Args:
       o_BE: bfloat16, what attention says; up to MOST_ROWS rows.
-      x_RD: bfloat16, the residual stream, padded to whole GROUP_ROWS (`padded`); what the last rows are is nothing.
+      x_RD: bfloat16, the residual stream, `mosaic_gpu.padded`; what the last rows are is nothing.
       weights: bfloat16 by product, [columns, length of sum]; "qkv" where a layer follows. Gate and up are
         [tiles, 2, GATE_COLUMNS, length]. They are read before the kernel in front is done, so no kernel that may still
         run may write them.
@@ -120,12 +114,7 @@ def run(
         functools.partial(_kernel, plan),
         out_type=tuple(results.values()),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            **PROFILE,
-        ),
+        compiler_params=mosaic_gpu.compiler_params(**PROFILE),
         name="decode_products",
     )(o_BE, x_RD, *weights.values(), mine, others)
     found = dict(zip(results, found, strict=True))
@@ -410,11 +399,9 @@ class _Program:
                 if name != "gate_up":
                     self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
                     return
-                for n in range(0, product.tile, 2 * GATE_COLUMNS):
-                    gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
-                    columns = pl.ds((first + n) // 2, GATE_COLUMNS)
-                    hidden = (plan.activation(gate) * up).astype(jnp.bfloat16)
-                    self.found["hidden"].at[self.group_rows, columns][...] = hidden
+                for column, hidden in mosaic_gpu.gated(y, plan.activation):
+                    columns = pl.ds(first // 2 + column, GATE_COLUMNS)
+                    self.found["hidden"].at[self.group_rows, columns][...] = hidden.astype(jnp.bfloat16)
 
             return self.multiply(product, *slots, write)
 

@@ -5,19 +5,17 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from rattn.decoding.mosaic_gpu import CHUNK, LINE, WARPGROUP
+from rattn.decoding.mosaic_gpu import CHUNK, GATE_COLUMNS, GROUP_ROWS, LINE, WARPGROUP
 
 # In their order, and those whose sums a pair of programs shares.
 PRODUCTS, SHARED_SUMS = ("out", "gate_up", "down", "qkv"), ("out", "down")
 # Programs, in clusters of SIDES; a Hopper has 132 multiprocessors and all programs must run at once.
 PROGRAMS, SIDES = 128, 2
 PAIRS = PROGRAMS // SIDES
-# Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take; and those of a program.
-GROUP_ROWS, MOST_ROWS = 64, 128
+# Rows that a program multiplies at most.
+MOST_ROWS = 2 * GROUP_ROWS
 # Weights, and the most numbers of each column, that are copied at a time.
 WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
-# Columns of the gate, and then as many of up, that lie beside each other in the weights: what tensor cores tell apart.
-GATE_COLUMNS = 8
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
 

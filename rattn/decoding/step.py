@@ -16,6 +16,7 @@ from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
     attention_xla,
+    mosaic_gpu,
     products_gpu,
     products_overlapped_gpu,
     products_persistent_gpu,
@@ -34,8 +35,7 @@ class Kernels:
     Attributes:
       attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
       products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows; "overlapped", by
-        `products_overlapped_gpu`, for up to its ROWS; or "persistent", by `products_persistent_gpu`, for up to its
-        MOST_ROWS. The weights lie as they take them.
+        `products_overlapped_gpu`; or "persistent", by `products_persistent_gpu`. The weights lie as they take them.
       ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
     """
 
@@ -51,8 +51,8 @@ class Kernels:
     @property
     def most_rows(self) -> int:
         """For how many rows there are kernels for products."""
-        of = {"overlapped": products_overlapped_gpu.ROWS, "persistent": products_persistent_plan.MOST_ROWS}
-        return of.get(self.products, products_gpu.MOST_ROWS)
+        of = {"overlapped": products_overlapped_gpu, "persistent": products_persistent_plan}
+        return of.get(self.products, products_gpu).MOST_ROWS
 
 
 class Handed(NamedTuple):
@@ -117,9 +117,8 @@ def step(
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
     if kernels.most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
-    pads = {"overlapped": products_overlapped_gpu.padded, "persistent": products_persistent_gpu.padded}
-    if kernels.products in pads:
-        x_BD = pads[kernels.products](x_BD)
+    if kernels.products in ("overlapped", "persistent"):
+        x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
         x_BD=x_BD,

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from kernels_pallas import devices
 from rattn.config import load_config, validate
 from rattn.decoding.decoder import Decoder
 from rattn.generate import on_devices
@@ -24,6 +25,13 @@ def drawn(path, shape):
     seed = zlib.crc32(jax.tree_util.keystr(path).encode())
     scale = 1.0 if name == "embedding_VD" else 0.3
     return scale * np.random.default_rng(seed).standard_normal(shape.shape, np.float32)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Has kernels ask for a Hopper and find one."""
+    monkeypatch.setattr(devices, "on_hopper", lambda: True)
+    monkeypatch.setattr(devices, "multiprocessors", lambda: 132)
 
 
 class Miniature:

@@ -18,6 +18,7 @@ import types
 import numpy as np
 import pytest
 
+from rattn.decoding import mosaic_gpu
 from rattn.decoding import products_persistent_gpu as kernel
 from rattn.decoding.products_persistent_plan import PAIRS, PROGRAMS, SIDES, WEIGHT_NUMBERS
 
@@ -206,7 +207,13 @@ def played(plan, given, counters):
 
     fake = {
         "jnp": types.SimpleNamespace(
-            int32=int, where=lambda c, a, b: np.where(c, a, b) if np.ndim(c) else (a if c else b), minimum=min
+            int32=int,
+            float32=np.float32,
+            bfloat16=given["x"].dtype,
+            zeros=np.zeros,
+            broadcast_to=np.broadcast_to,
+            where=lambda c, a, b: np.where(c, a, b) if np.ndim(c) else (a if c else b),
+            minimum=min,
         ),
         "jax": types.SimpleNamespace(
             named_scope=lambda _: contextlib.nullcontext(),
@@ -238,14 +245,13 @@ def played(plan, given, counters):
             wait_for_copies=copies_done,
             wait_if=lambda condition, barrier: wait(barrier) if condition else None,
             copy=begin_copy,
+            gated=mosaic_gpu.gated,
             show_copies=lambda: None,
             join=lambda: None,
             count=count,
             wait_for_count=wait_for_count,
         ),
     }
-    fake["jnp"].bfloat16, fake["jnp"].float32, fake["jnp"].zeros = given["x"].dtype, np.float32, np.zeros
-    fake["jnp"].broadcast_to = np.broadcast_to
 
     def run(number, warpgroup, pair):
         HERE.warpgroup, HERE.pair, HERE.side = warpgroup, pair, number % SIDES

@@ -9,19 +9,24 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from kernels_pallas import devices
 from rattn.decoding import products_overlapped_gpu
 from rattn.decoding.products_overlapped_gpu import divided, fits
 from rattn.model.layers import ACTIVATIONS
-from tests.rattn.decoding.conftest import TWO_MIXERS
 from tests.rattn.decoding.test_products import check_model
-from tests.rattn.decoding.test_products_persistent import DEEP, EPSILON, HUGE, WIDE, arrays, assert_by_hand, by_hand
+from tests.rattn.decoding.test_products_persistent import (
+    DEEP,
+    EPSILON,
+    HUGE,
+    MINIATURE,
+    WIDE,
+    arrays,
+    assert_by_hand,
+    by_hand,
+)
 
 # Of the 12B model, and of one that the interpreter can run: slots that are used again, a last tile that is part of two.
 BILLIONS = {"out": (5120, 5120), "gate_up": (16384, 5120), "down": (5120, 16384), "qkv": (7168, 5120)}
 NARROW = {"out": (256, 512), "gate_up": (512, 256), "down": (256, 512), "qkv": (104, 256)}
-MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "query_heads": 8, "head_dim": 64, "width": 1024}
-MINIATURE |= {"mlp_width": 1024} | TWO_MIXERS
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -91,8 +96,7 @@ def test_what_fits():
     assert not fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
 
 
-def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
-    monkeypatch.setattr(devices, "on_hopper", lambda: True)
+def test_more_rows_than_fit_are_left_to_xla(miniature, hopper, monkeypatch):
     mini = miniature(fold_tokens=2, attention="xla", products="pallas_gpu_overlapped", **MINIATURE)
 
     def kernels():
@@ -101,7 +105,7 @@ def test_more_rows_than_fit_are_left_to_xla(miniature, monkeypatch):
         return {name for name in ("out", "gate_up", "down", "qkv") if f"name=decode_product_{name}" in str(step.jaxpr)}
 
     assert len(kernels()) == 4
-    monkeypatch.setattr(products_overlapped_gpu, "ROWS", 2)
+    monkeypatch.setattr(products_overlapped_gpu, "MOST_ROWS", 2)
     assert not kernels()
 
 

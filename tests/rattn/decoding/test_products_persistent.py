@@ -10,8 +10,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
+from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
 from rattn.decoding.products_persistent_gpu import COUNTERS, MULTIPLIERS
-from rattn.decoding.products_persistent_plan import GATE_COLUMNS, GROUP_ROWS, PROGRAMS
+from rattn.decoding.products_persistent_plan import PROGRAMS
 from rattn.errors import UserError
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
@@ -228,13 +229,6 @@ def test_what_fits():
     for width in (512, 3072):
         assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"out": (width, 2048)})
     assert not products_persistent_plan.fits(jnp.bfloat16, DEEP | {"down": (2048, 6656 + 64)})
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """Has kernels ask for a Hopper and find one."""
-    monkeypatch.setattr(devices, "on_hopper", lambda: True)
-    monkeypatch.setattr(devices, "multiprocessors", lambda: 132)
 
 
 def test_fewer_multiprocessors_than_programs_are_an_error(miniature, hopper, monkeypatch):
