@@ -2,6 +2,8 @@
 
 Copies to shared memory by threads, which do not stand in the copy engine's line; counters in device memory, by which
 programs wait for each other; a layout of few rows, and what warps find of theirs.
+
+And what those kernels have in common: how many rows they multiply, how gate and up lie, what the compiler may not add.
 """
 
 import dataclasses
