@@ -35,7 +35,6 @@ from rattn.decoding import (
     attention_ring_gpu_plan,
     mosaic_gpu,
     products_gpu,
-    products_overlapped_gpu,
     products_persistent_gpu,
 )
 from rattn.decoding.decoder import MODULES
@@ -128,9 +127,7 @@ def arguments():
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     tiling = "slots:warps:stages:programs[:least], beside the one in use"
     parser.add_argument("--tilings", nargs="*", default=[], help=tiling)
-    parser.add_argument(
-        "--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_overlapped:32", "pallas_gpu_persistent:32"]
-    )
+    parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of Mosaic GPU's kernels")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
     return parser.parse_args()
@@ -212,16 +209,14 @@ def products_case(model, text, rings=()):
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
     shared = {"o": (rows, shapes["out"][1]), "x": (rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}
-    if kind != "pallas_gpu":
+    if persistent:
         shared["x"] = jax.eval_shape(mosaic_gpu.padded, shared["x"])
     how = {"epsilon": model.norm_epsilon, "activation": ACTIVATIONS[model.activation]}
 
     def run(own, shared):
         o, x, weights = shared["o"], shared["x"], own["weights"]
-        if kind == "pallas_gpu":
+        if not persistent:
             return products_gpu.run(o, x, weights, interpret=False, **how), own
-        if kind == "pallas_gpu_overlapped":
-            return products_overlapped_gpu.run(o, x, weights, **how), own
         *found, counters = products_persistent_gpu.run(o, x, weights, own["counters"], **how)
         return found, own | {"counters": counters}
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
-from rattn.decoding import layers, prefill, products_gpu, products_overlapped_gpu, products_persistent_plan, step
+from rattn.decoding import layers, prefill, products_gpu, products_persistent_plan, step
 from rattn.decoding.cache import Cache, CacheLayout
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
@@ -21,14 +21,10 @@ from rattn.sharding import Sharding
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
 # What fits the kernels for products, and how gate and up lie for them.
-MODULES = {
-    "pallas_gpu": products_gpu,
-    "pallas_gpu_overlapped": products_overlapped_gpu,
-    "pallas_gpu_persistent": products_persistent_plan,
-}
+MODULES = {"pallas_gpu": products_gpu, "pallas_gpu_persistent": products_persistent_plan}
 PRODUCTS = ("auto", "xla", *MODULES)
 # What runs on a Hopper GPU alone.
-HOPPER = ("pallas_gpu_ring", "pallas_gpu_overlapped", "pallas_gpu_persistent")
+HOPPER = ("pallas_gpu_ring", "pallas_gpu_persistent")
 
 
 class Decoder:
@@ -63,10 +59,10 @@ class Decoder:
             layers and batches that `attention_ring_gpu` fits. "auto" takes "pallas_gpu_ring" on one Hopper GPU,
             "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
-            "pallas_gpu" (`rattn.decoding.products_gpu`) or, on a Hopper GPU, "pallas_gpu_overlapped"
-            (`products_overlapped_gpu`) or "pallas_gpu_persistent" (`products_persistent_gpu`, with a multiprocessor for
-            each of its programs, which wait for each other), whose weights lie otherwise; "xla" for others. "auto"
-            takes "pallas_gpu" on one Hopper GPU and "xla" elsewhere.
+            "pallas_gpu" (`rattn.decoding.products_gpu`) or, on a Hopper GPU, "pallas_gpu_persistent"
+            (`products_persistent_gpu`, with a multiprocessor for each of its programs, which wait for each other),
+            whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and "xla"
+            elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -98,8 +94,7 @@ class Decoder:
         if products == "auto":
             products = "pallas_gpu" if one_hopper else "xla"
         how = "interpreted" if platform == "cpu" else "compiled"
-        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how}
-        kernels |= {"pallas_gpu_overlapped": "overlapped", "pallas_gpu_persistent": "persistent"}
+        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how, "pallas_gpu_persistent": "persistent"}
         shapes = layers.product_shapes(model)
         if products in MODULES and not MODULES[products].fits(jnp.dtype(model.compute_dtype), shapes):
             products = "xla"

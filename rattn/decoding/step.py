@@ -18,7 +18,6 @@ from rattn.decoding import (
     attention_xla,
     mosaic_gpu,
     products_gpu,
-    products_overlapped_gpu,
     products_persistent_gpu,
     products_persistent_plan,
 )
@@ -34,8 +33,8 @@ class Kernels:
 
     Attributes:
       attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
-      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows; "overlapped", by
-        `products_overlapped_gpu`; or "persistent", by `products_persistent_gpu`. The weights lie as they take them.
+      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent", by
+        `products_persistent_gpu`. The weights lie as they take them.
       ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
     """
 
@@ -51,15 +50,14 @@ class Kernels:
     @property
     def most_rows(self) -> int:
         """For how many rows there are kernels for products."""
-        of = {"overlapped": products_overlapped_gpu, "persistent": products_persistent_plan}
-        return of.get(self.products, products_gpu).MOST_ROWS
+        return (products_persistent_plan if self.persistent else products_gpu).MOST_ROWS
 
 
 class Handed(NamedTuple):
     """What a layer hands to the next.
 
     Attributes:
-      x_BD: the residual stream; padded where products are Mosaic kernels, so that its first B rows are the sequences'.
+      x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
       arrivals_BK: zeros, where attention is a kernel.
       counters: of products, where they are one kernel.
@@ -117,7 +115,7 @@ def step(
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
     if kernels.most_rows < B:
         kernels = dataclasses.replace(kernels, products="none")
-    if kernels.products in ("overlapped", "persistent"):
+    if kernels.persistent:
         x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
@@ -226,8 +224,6 @@ def _layer_step(
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
     if kernels.persistent:
         x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
-    elif kernels.products == "overlapped":
-        x_BD, qkv_BN = products_overlapped_gpu.run(o_BE, x_BD, given, **how)
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
