@@ -7,9 +7,9 @@
 Attention is kind:batch, of a local layer by `attention_gpu` ("local") or by `attention_ring_gpu` ("ring"), or
 full:batch:context; products are those between two layers' attention, kind:rows. A tiling is
 slots:warps:stages:programs[:least] of `rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of
-`rattn.decoding.products_persistent_gpu`: shared memory for rows, and LATE. A time is that of one kernel, or of the four
-of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the gap
-before it; it counts from the end of the kernel before, where that one let it in early.
+`rattn.decoding.products_persistent_plan`: shared memory for rows, and LATE. A time is that of one kernel, or of the
+four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
+gap before it; it counts from the end of the kernel before, where that one let it in early.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from rattn.decoding import (
     mosaic_gpu,
     products_gpu,
     products_persistent_gpu,
+    products_persistent_plan,
 )
 from rattn.decoding.decoder import MODULES
 from rattn.decoding.layers import layer_specs, product_shapes
@@ -220,12 +221,12 @@ def products_case(model, text, rings=()):
         *found, counters = products_persistent_gpu.run(o, x, weights, own["counters"], **how)
         return found, own | {"counters": counters}
 
-    variants = {"in use": (products_persistent_gpu, {})}
+    variants = {"in use": (products_persistent_plan, {})}
     for ring in rings if persistent else ():
         kib, late = map(int, ring.split(":"))
-        variants[ring] = products_persistent_gpu, {"ROW_BYTES": (kib * 1024,) * 2, "LATE": late}
+        variants[ring] = products_persistent_plan, {"ROW_BYTES": (kib * 1024,) * 2, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
-    kernels, profiled = (1, (products_persistent_gpu,) * 2) if persistent else (4, None)
+    kernels, profiled = (1, (products_persistent_gpu, products_persistent_plan)) if persistent else (4, None)
     return Case(text, size, (own, shared), run, variants, kernels, profiled)
 
 

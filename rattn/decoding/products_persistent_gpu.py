@@ -11,19 +11,16 @@ multiprocessor stays for all four products. Its weights come through a ring of s
 up: while the programs finish one product and wait for each other, the weights of the next are on their way, and those
 of the first come while attention still ends.
 
-A program has four warpgroups: one copies weights, one copies rows, two multiply. These take 64 rows each; where there
-are no more, each takes one half of the sums of narrow tiles, which are chains of small products, one after another, and
-one of them all else.
-
-Programs work in pairs, clusters of two. Where there are tiles enough ("gate_up", "qkv") each has its own, and the copy
-engine brings rows, which are the same for all, to both at once. "out" and "down" have as few columns as the residual
-stream is wide, and a program would read more rows than weights: there a pair shares a tile, each takes half of the sum,
-and they exchange what they found. Weights are copied by threads, for the copy engine serves in order: rows, which all
-wait for, would stand behind what memory has yet to find.
+In a program one warpgroup copies weights, one copies rows, and one multiplies, or two with more than 64 rows. Programs
+work in pairs, clusters of two. Where there are tiles enough ("gate_up", "qkv") each has its own, and the copy engine
+brings rows, which are the same for all, to both at once. "out" and "down" have as few columns as the residual stream is
+wide, and a program would read more rows than weights: there a pair shares a tile, each takes half of the sum, and they
+exchange what they found. Weights are copied by threads, for the copy engine serves in order: rows, which all wait for,
+would stand behind what memory has yet to find.
 
 A norm's scale is part of the weights that follow it (`rattn.decoding.layers`) and its 1 / RMS a factor of their
 product, from the sums of squares that those who write a row leave beside it. A row's results follow from that row
-alone, and are added up in one order whatever the others are: one for up to 64 rows, and one for more.
+alone, and are added up in one order however many there are.
 """
 
 import functools
@@ -36,33 +33,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
-from rattn.decoding.products_persistent_plan import (
-    PAIRS,
-    PRODUCTS,
-    PROGRAMS,
-    SIDES,
-    WEIGHT_NUMBERS,
-    divided,
-    groups,
-)
+from rattn.decoding.products_persistent_plan import PAIRS, PRODUCTS, PROGRAMS, SIDES, Plan
 
-# Bytes of a multiprocessor's 227 KiB that are used.
-SHARED_BYTES = 225 * 1024
-# Those of rows, and the numbers of a row that are copied at a time: with up to 64 rows, and with more.
-ROW_BYTES, ROW_NUMBERS = (80 * 1024, 112 * 1024), (128, 64)
-# Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
-# would only leave fewer for the tensor cores to take.
-LATE = 3
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
-# Warpgroups that multiply, and the number of the first.
-MULTIPLIERS, FIRST_MULTIPLIER = 2, 2
-# Registers of a thread that copies weights, that copies rows, that multiplies: 512 together with two that multiply.
+# The number of the first warpgroup that multiplies.
+FIRST_MULTIPLIER = 2
+# Registers of a thread that copies weights, that copies rows, that multiplies. All begin with 168, or with 128 where
+# there are four warpgroups, which have 512 together.
 REGISTERS = 40, 24, 224
-# Columns of a tile whose sum both multiply, at most, and of the shared memory for it, whose rows lie in other banks.
-SPLIT_COLUMNS, SPLIT_STRIDE = 32, 40
 
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -99,13 +80,13 @@ def run(
     rows = o_BE.shape[0]
     if rows > 8:  # The copy engine takes what is less than eight rows, or whole groups of them.
         o_BE = jnp.pad(o_BE, ((0, -rows % 8), (0, 0)))
-    plan = _Plan(rows, {name: x.shape for name, x in weights.items()}, epsilon, activation)
+    plan = Plan(rows, {name: x.shape for name, x in weights.items()}, epsilon, activation)
     mesh = plgpu.Mesh(
         grid=(PAIRS,),
         grid_names=("pair",),
         cluster=(SIDES,),
         cluster_names=("side",),
-        num_threads=FIRST_MULTIPLIER + MULTIPLIERS,
+        num_threads=FIRST_MULTIPLIER + plan.groups,
         thread_name="warpgroup",
     )
     mine, others = (jax.new_ref(counter) for counter in counters)
@@ -120,83 +101,6 @@ def run(
     found = dict(zip(results, found, strict=True))
     # This call cleared the other counters, which the next one counts in.
     return found["x"], found.get("qkv"), (jax.freeze(others), jax.freeze(mine))
-
-
-class _Plan:
-    """What is fixed when a call is compiled."""
-
-    def __init__(self, rows, shapes, epsilon, activation):
-        self.epsilon, self.activation = epsilon, activation
-        self.groups = groups(rows)
-        self.row_numbers = ROW_NUMBERS[self.groups - 1]
-        # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
-        self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
-        self.products = {
-            name: divided(name, columns // 2 if name == "gate_up" else columns, length)
-            for name, (columns, length) in shapes.items()
-        }
-        self.width, self.hidden = shapes["down"]
-        # Columns of the residual stream that a program keeps.
-        self.kept = self.width // PROGRAMS
-        # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
-        most, read = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers), self.groups * GROUP_ROWS
-        self.row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
-        self.kept_rows = (self.row_slots - 1) * self.rows + read
-        self.splits = self.groups < MULTIPLIERS
-        used = 2 * self.kept_rows * self.row_numbers + 4 * read * self.kept
-        used += 4 * GROUP_ROWS * SPLIT_STRIDE if self.splits else 0
-        self.weight_slots = (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS)
-        # A slot is free when the one after it is multiplied, and so one is left.
-        self.late = min(LATE, self.weight_slots - 1)
-        assert self.weight_slots > 1, "A ring of one slot would wait for itself."
-        assert self.row_slots > (3 if self.splits else 1), "Two at a time, freed when the next two are multiplied."
-
-    def split(self, product):
-        """Whether both warpgroups multiply a tile, each one half of the numbers of every copy of weights."""
-        return self.splits and product.tile <= SPLIT_COLUMNS and product.depth == 2 * self.row_numbers
-
-    def results(self):
-        """Types of what the kernel writes, its own notes among them."""
-        rows = self.groups * GROUP_ROWS
-        found = {
-            "middle": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
-            "hidden": jax.ShapeDtypeStruct((rows, self.hidden), jnp.bfloat16),
-            "x": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
-            "squares": jax.ShapeDtypeStruct((2, rows, PROGRAMS), jnp.float32),
-        }
-        if "qkv" in self.products:
-            found["qkv"] = jax.ShapeDtypeStruct((rows, self.products["qkv"].columns), jnp.bfloat16)
-        return found
-
-    @property
-    def depths(self):
-        """Of copies, each of which sees the ring of weights in a shape of its own."""
-        return sorted({product.depth for product in self.products.values()})
-
-    def shared(self):
-        """Types of a program's shared memory, by the names of `_Program`."""
-        rings = [(self.weight_slots, WEIGHT_NUMBERS // depth, depth) for depth in self.depths]
-        halves = plgpu.TilingTransform((8, self.kept)), plgpu.SwizzleTransform(4 * self.kept)
-        return {
-            "rings": plgpu.RefUnion(
-                *(plgpu.SMEM(shape, jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS) for shape in rings)
-            ),
-            "rows": plgpu.SMEM((self.kept_rows, self.row_numbers), jnp.bfloat16, transforms=mosaic_gpu.TRANSFORMS),
-            "half": plgpu.SMEM((self.groups, GROUP_ROWS, self.kept), jnp.float32, transforms=halves),
-            "split": plgpu.SMEM((GROUP_ROWS if self.splits else 8, SPLIT_STRIDE), jnp.float32),
-            "split_full": plgpu.Barrier(),
-            "split_empty": plgpu.Barrier(),
-            "weights_full": plgpu.Barrier(num_barriers=self.weight_slots),
-            "weights_empty": plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=self.weight_slots),
-            "rows_full": plgpu.Barrier(num_barriers=self.row_slots),
-            "rows_empty": plgpu.ClusterBarrier(
-                collective_axes=("side",), num_arrivals=MULTIPLIERS, num_barriers=self.row_slots
-            ),
-            # One for all groups: of a barrier with a number JAX 0.11.2 finds another at the other program.
-            "half_full": plgpu.Barrier(num_arrivals=self.groups),
-            "written": plgpu.Barrier(),
-            "done": plgpu.ClusterBarrier(collective_axes=("side",), num_arrivals=MULTIPLIERS),
-        }
 
 
 def _kernel(plan, o, x, *refs):
@@ -271,7 +175,7 @@ class _Program:
     def copy_weights(self):
         """Copies the tiles of all products one after another, as soon as there is room."""
         plgpu.griddepcontrol_launch_dependents()
-        slots, late = self.plan.weight_slots, self.plan.late
+        slots, late = self.plan.slots["weights"], self.plan.late
 
         def show(but, slot):
             mosaic_gpu.wait_for_copies(but)
@@ -309,12 +213,12 @@ class _Program:
         def _():
             self.others[...] = jnp.zeros(COUNTERS, jnp.int32)
 
-        carry, slots = (jnp.int32(0), jnp.int32(0)), self.plan.row_slots
-        numbers = self.plan.row_numbers
+        carry = jnp.int32(0), jnp.int32(0)
+        slots, numbers = self.plan.slots["rows"], self.plan.row_numbers
         sources = [self.o, *(self.found[name] for name in ("middle", "hidden", "x"))]
         for index, (product, source) in enumerate(zip(self.products.values(), sources, strict=False)):
             if index:
-                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS * MULTIPLIERS)
+                mosaic_gpu.wait_for_count(self.mine.at[(index - 1) * APART], PROGRAMS * self.plan.groups)
                 plgpu.barrier_arrive(self.written)
 
             def copy_tile(_, carry, product=product, source=source):
@@ -336,16 +240,12 @@ class _Program:
 
     def multiply_all(self):
         """Multiplies the tiles of all products and writes their results."""
-        # The slots that come next, of weights and of rows.
-        self.slots = jnp.int32(0), jnp.int32(0)
-        number = jax.lax.axis_index("warpgroup") - FIRST_MULTIPLIER
-        # Which rows the warpgroup multiplies, or which part of all sums; part 0 is who writes.
-        self.group, self.part = (jnp.int32(0), number) if self.plan.splits else (number, jnp.int32(0))
+        # The slots that come next.
+        self.slots = {"weights": jnp.int32(0), "rows": jnp.int32(0)}
+        self.group = jax.lax.axis_index("warpgroup") - FIRST_MULTIPLIER
         self.group_rows = pl.ds(self.group * GROUP_ROWS, GROUP_ROWS)
         self.columns = pl.ds(self.number * self.plan.kept, self.plan.kept)
         plgpu.griddepcontrol_wait()
-        if self.plan.splits:
-            pl.when(self.part == 0)(lambda: plgpu.barrier_arrive(self.split_empty))
         with jax.named_scope("out"):
             self.add("out", self.x, "middle", 0)
         self.meet(0)
@@ -367,22 +267,19 @@ class _Program:
         product, kept = self.products[name], self.plan.kept
         # On the way while the product is multiplied.
         x = plgpu.load(residual.at[self.group_rows, self.columns], layout=LAYOUT, optimized=False)
-
-        def write(sums):
-            halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (GROUP_ROWS, kept))
-            mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
-            half = self.half.at[self.group]
-            plgpu.async_store_smem(
-                theirs, half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
-            )
-            plgpu.barrier_wait(self.half_full)
-            y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=LAYOUT, optimized=False))
-            y = y.astype(jnp.bfloat16)
-            self.found[wanted].at[self.group_rows, self.columns][...] = y
-            wide = y.astype(jnp.float32)
-            self.found["squares"].at[which, self.group_rows, self.number][...] = (wide * wide).sum(axis=1)
-
-        self.slots = self.multiply(product, *self.slots, write)
+        sums, self.slots = self.multiply(product, self.slots)
+        halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (GROUP_ROWS, kept))
+        mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
+        half = self.half.at[self.group]
+        plgpu.async_store_smem(
+            theirs, half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
+        )
+        plgpu.barrier_wait(self.half_full)
+        y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=LAYOUT, optimized=False))
+        y = y.astype(jnp.bfloat16)
+        self.found[wanted].at[self.group_rows, self.columns][...] = y
+        wide = y.astype(jnp.float32)
+        self.found["squares"].at[which, self.group_rows, self.number][...] = (wide * wide).sum(axis=1)
 
     def normed_tiles(self, name, which):
         """Writes the program's tiles of "gate_up" or "qkv"."""
@@ -393,159 +290,66 @@ class _Program:
 
         def tile(i, slots):
             first = self.first_column(product, i)
-
-            def write(y):
-                y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
-                if name != "gate_up":
-                    self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
-                    return
+            y, slots = self.multiply(product, slots)
+            y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
+            if name == "gate_up":
                 for column, hidden in mosaic_gpu.gated(y, plan.activation):
                     columns = pl.ds(first // 2 + column, GATE_COLUMNS)
                     self.found["hidden"].at[self.group_rows, columns][...] = hidden.astype(jnp.bfloat16)
-
-            return self.multiply(product, *slots, write)
+            else:
+                self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
+            return slots
 
         self.slots = jax.lax.fori_loop(0, self.tiles(product), tile, self.slots)
 
-    def multiply(self, product, weight_slot, row_slot, write):
-        """Does write(rows · weights of a tile), float32 [GROUP_ROWS, tile], and returns the slots after the tile's."""
-        if self.plan.split(product):
-            sums, place = self.half_of_sums(product, weight_slot, row_slot), self.split.at[:, pl.ds(0, product.tile)]
-
-            @pl.when(self.part == 1)
-            def _():
-                plgpu.barrier_wait(self.split_empty)
-                place[...] = sums
-                plgpu.barrier_arrive(self.split_full)
-
-            @pl.when(self.part == 0)
-            def _():
-                plgpu.barrier_wait(self.split_full)
-                others = plgpu.load(place, layout=LAYOUT, optimized=False)
-                plgpu.barrier_arrive(self.split_empty)
-                write(sums + others)
-        elif self.plan.splits:
-            pl.when(self.part == 0)(lambda: write(self.sums(product, weight_slot, row_slot)))
-            pl.when(self.part == 1)(lambda: self.pass_by(product, weight_slot, row_slot))
-        else:
-            write(self.sums(product, weight_slot, row_slot))
-        weight_slot += product.length // product.depth
-        row_slot += product.length // self.plan.row_numbers
-        slots = jnp.int32(self.plan.weight_slots), jnp.int32(self.plan.row_slots)
-        return jax.lax.rem(weight_slot, slots[0]), jax.lax.rem(row_slot, slots[1])
-
-    def sums(self, product, weight_slot, row_slot):
-        """Returns rows · weights of a tile, which begins in these slots, float32 [GROUP_ROWS, tile]."""
+    def multiply(self, product, slots):
+        """Returns rows · weights of a tile that begins in `slots`, float32 [GROUP_ROWS, tile], and the slots after."""
         ring, depths = self.rings[product.depth], {"weights": product.depth, "rows": self.plan.row_numbers}
         block, step = max(depths.values()), min(depths.values())
 
         def scope(sums):
             def multiply_block(i, slots):
-                slots = dict(zip(depths, slots, strict=True))
+                slots = dict(slots)
                 for at in range(0, block, step):
-                    for kind, depth in depths.items():
-                        if at % depth == 0:
-                            self.wait_full(kind, slots[kind])
-                    x = self.rows.at[self.rows_of(slots["rows"]), pl.ds(at % self.plan.row_numbers, step)]
-                    w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % product.depth, step)]
+                    begun = [kind for kind, depth in depths.items() if at % depth == 0]
+                    for kind in begun:
+                        self.wait_full(kind, slots[kind])
+                    rows = pl.ds(slots["rows"] * self.plan.rows + self.group * GROUP_ROWS, GROUP_ROWS)
+                    x = self.rows.at[rows, pl.ds(at % depths["rows"], step)]
+                    w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % depths["weights"], step)]
                     mosaic_gpu.show_copies()
                     plgpu.wgmma(sums, x, w.transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # All before this one are done.
+                    for kind in begun:
+                        free = functools.partial(self.free_before, kind, slots[kind])
+                        free() if at else pl.when(i > 0)(free)
                     for kind, depth in depths.items():
-                        free = functools.partial(self.free, kind, slots[kind], 1)
-                        if at and at % depth == 0:
-                            free()
-                        elif not at:
-                            pl.when(i > 0)(free)
                         if (at + step) % depth == 0:
-                            slots[kind] = _next(slots[kind], self.slots_of(kind))
-                return tuple(slots.values())
+                            slots[kind] = _next(slots[kind], self.plan.slots[kind])
+                return slots
 
-            slots = jax.lax.fori_loop(0, product.length // block, multiply_block, (weight_slot, row_slot))
-            return sums[...], *slots
+            slots_after = jax.lax.fori_loop(0, product.length // block, multiply_block, slots)
+            return sums[...], slots_after
 
-        sums, *slots = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, product.tile), jnp.float32))
-        for kind, slot in zip(depths, slots, strict=True):
-            self.free(kind, slot, 1)
-        return sums
-
-    def half_of_sums(self, product, weight_slot, row_slot):
-        """Returns what `sums` does, of one half of the numbers; the other warpgroup has those of the other half."""
-        ring = self.rings[product.depth]
-        row_slots, numbers = self.plan.row_slots, self.plan.row_numbers
-
-        def scope(sums):
-            def multiply_copy(i, slots):
-                weight_slot, row_slot = slots
-                both = row_slot, _next(row_slot, row_slots)
-                mine, others = (jnp.where(self.part == n, *both[::-1]) for n in (1, 0))
-                self.wait_full("rows", mine)
-                self.wait_full("weights", weight_slot)
-                x = self.rows.at[self.rows_of(mine)]
-                w = ring.at[weight_slot, pl.ds(0, product.tile), pl.ds(self.part * numbers, numbers)]
-                mosaic_gpu.show_copies()
-                plgpu.wgmma(sums, x, w.transpose((1, 0)))
-                # Who waits for a barrier has to wait for it every time.
-                self.wait_full("rows", others)
-                plgpu.wgmma_wait(1)  # All before this one are done.
-                self.free("rows", others)
-
-                @pl.when(i > 0)
-                def _():
-                    # All warps have met since their products were done, to free the other slot.
-                    plgpu.barrier_arrive(self.rows_empty.at[_back(mine, 2, row_slots)])
-                    self.free("weights", weight_slot, 1)
-
-                return _next(weight_slot, self.plan.weight_slots), _next(both[1], row_slots)
-
-            slots = jax.lax.fori_loop(0, product.length // product.depth, multiply_copy, (weight_slot, row_slot))
-            return sums[...], *slots
-
-        sums, weight_slot, row_slot = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, product.tile), jnp.float32))
-        self.free("rows", _back(row_slot, 2 - self.part, row_slots))
-        self.free("weights", weight_slot, 1)
-        return sums
-
-    def pass_by(self, product, weight_slot, row_slot):
-        """Frees the slots of a tile that the other warpgroup multiplies."""
-        depths = {"weights": product.depth, "rows": self.plan.row_numbers}
-        block = max(depths.values())
-
-        def pass_block(_, slots):
-            slots = dict(zip(depths, slots, strict=True))
-            for kind, depth in depths.items():
-                for _ in range(block // depth):
-                    self.wait_full(kind, slots[kind])
-                    self.free(kind, slots[kind])
-                    slots[kind] = _next(slots[kind], self.slots_of(kind))
-            return tuple(slots.values())
-
-        jax.lax.fori_loop(0, product.length // block, pass_block, (weight_slot, row_slot))
-
-    def slots_of(self, kind):
-        """How many slots there are, of "weights" or "rows"."""
-        return self.plan.weight_slots if kind == "weights" else self.plan.row_slots
-
-    def rows_of(self, slot):
-        """Where the warpgroup's rows of a slot lie."""
-        return pl.ds(slot * self.plan.rows + self.group * GROUP_ROWS, GROUP_ROWS)
+        sums, slots = pl.run_scoped(scope, plgpu.ACC((GROUP_ROWS, product.tile), jnp.float32))
+        for kind in depths:
+            self.free_before(kind, slots[kind])
+        return sums, slots
 
     def wait_full(self, kind, slot):
         """Waits until what comes next to a slot is there."""
         plgpu.barrier_wait((self.weights_full if kind == "weights" else self.rows_full).at[slot])
 
-    def free(self, kind, slot, before=0):
-        """Says that the warpgroup no longer needs the slot that is so many before."""
-        if before:
-            slot = _back(slot, before, self.slots_of(kind))
+    def free_before(self, kind, slot):
+        """Says that the warpgroup no longer needs the slot before this one."""
         if kind == "rows":  # At a cluster's barrier one warp arrives for all.
             mosaic_gpu.join()
-        plgpu.barrier_arrive((self.weights_empty if kind == "weights" else self.rows_empty).at[slot])
+        empty = self.weights_empty if kind == "weights" else self.rows_empty
+        plgpu.barrier_arrive(empty.at[_back(slot, 1, self.plan.slots[kind])])
 
     def meet(self, index):
         """Tells all programs that this one has written its part of a product, and waits for theirs."""
         with jax.named_scope("tell"):
-            # By all that multiply, also those with nothing to write: nobody may come to the next meeting before them.
             mosaic_gpu.count(self.mine.at[index * APART])
         with jax.named_scope("meet"):
             plgpu.barrier_wait(self.written)

@@ -1,11 +1,14 @@
-"""How the programs of `products_persistent_gpu` divide each product among them."""
+"""How `products_persistent_gpu` divides each product among its programs, and a multiprocessor's shared memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding.mosaic_gpu import CHUNK, GATE_COLUMNS, GROUP_ROWS, LINE, WARPGROUP
+from rattn.decoding.mosaic_gpu import CHUNK, GATE_COLUMNS, GROUP_ROWS, LINE, TRANSFORMS, WARPGROUP
 
 # In their order, and those whose sums a pair of programs shares.
 PRODUCTS, SHARED_SUMS = ("out", "gate_up", "down", "qkv"), ("out", "down")
@@ -18,6 +21,13 @@ MOST_ROWS = 2 * GROUP_ROWS
 WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
+# Bytes of a multiprocessor's 227 KiB that are used.
+SHARED_BYTES = 225 * 1024
+# Those of rows, and the numbers of a row that are copied at a time: where one warpgroup multiplies, and where two do.
+ROW_BYTES, ROW_NUMBERS = (80 * 1024, 112 * 1024), (128, 64)
+# Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
+# would only leave fewer for the tensor cores to take.
+LATE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +71,6 @@ class Product:
         return 2 * self.tile * self.depth % (WARPGROUP * CHUNK) == 0
 
 
-def groups(rows: int) -> int:
-    """Returns how many warpgroups multiply so many rows."""
-    return -(-rows // GROUP_ROWS)
-
-
 def divided(name: str, columns: int, length: int) -> Product:
     """Divides a product, so that all programs have about as much to read, in tiles of at least eight columns.
 
@@ -92,3 +97,94 @@ def divided(name: str, columns: int, length: int) -> Product:
 def fits(dtype: jnp.dtype, shapes: Mapping[str, tuple[int, int]]) -> bool:
     """Returns whether the kernel takes the products whose columns and length of sum `shapes` gives by name."""
     return dtype == jnp.bfloat16 and all(divided(name, *shape).fits() for name, shape in shapes.items())
+
+
+class Plan:
+    """What is fixed when a call is compiled.
+
+    Attributes:
+      epsilon: of the norms.
+      activation: of the gate.
+      groups: warpgroups that multiply, GROUP_ROWS rows each.
+      row_numbers: of a row, that are copied at a time.
+      rows: that are copied.
+      products: how each is divided, by name.
+      width, hidden: columns of the residual stream and of the activation's results.
+      kept: columns of the residual stream that a program adds to.
+      slots: of "weights" and of "rows" in shared memory, in rings.
+      late: copies of weights that are on their way before the first of them is waited for.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        shapes: Mapping[str, tuple[int, int]],
+        epsilon: float,
+        activation: Callable[[jax.Array], jax.Array],
+    ):
+        """Divides a call's work.
+
+        Args:
+          rows: of the sequences.
+          shapes: of the weights, [columns, length of sum] by product; gate and up are one.
+          epsilon: of the norms.
+          activation: of the gate.
+        """
+        self.epsilon, self.activation = epsilon, activation
+        self.groups = -(-rows // GROUP_ROWS)
+        self.row_numbers = ROW_NUMBERS[self.groups - 1]
+        # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
+        self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
+        self.products = {
+            name: divided(name, columns // 2 if name == "gate_up" else columns, length)
+            for name, (columns, length) in shapes.items()
+        }
+        self.width, self.hidden = shapes["down"]
+        self.kept = self.width // PROGRAMS
+        # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
+        most, read = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers), self.groups * GROUP_ROWS
+        row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
+        self._rows_with_rest = (row_slots - 1) * self.rows + read
+        used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self.kept
+        self.slots = {"weights": (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS), "rows": row_slots}
+        assert min(self.slots.values()) > 1, "A ring of one slot would wait for itself."
+        # A slot is free when the one after it is multiplied, and so one is left.
+        self.late = min(LATE, self.slots["weights"] - 1)
+
+    def results(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Types of what the kernel writes, its own notes among them."""
+        rows = self.groups * GROUP_ROWS
+        found = {
+            "middle": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
+            "hidden": jax.ShapeDtypeStruct((rows, self.hidden), jnp.bfloat16),
+            "x": jax.ShapeDtypeStruct((rows, self.width), jnp.bfloat16),
+            "squares": jax.ShapeDtypeStruct((2, rows, PROGRAMS), jnp.float32),
+        }
+        if "qkv" in self.products:
+            found["qkv"] = jax.ShapeDtypeStruct((rows, self.products["qkv"].columns), jnp.bfloat16)
+        return found
+
+    @property
+    def depths(self) -> list[int]:
+        """Of copies of weights, each of which sees their ring in a shape of its own."""
+        return sorted({product.depth for product in self.products.values()})
+
+    def shared(self) -> dict[str, Any]:
+        """Types of a program's shared memory, by the names that it has for them."""
+        weights, rows = self.slots["weights"], self.slots["rows"]
+        rings = [(weights, WEIGHT_NUMBERS // depth, depth) for depth in self.depths]
+        halves = plgpu.TilingTransform((8, self.kept)), plgpu.SwizzleTransform(4 * self.kept)
+        by_both = {"collective_axes": ("side",), "num_arrivals": self.groups}
+        return {
+            "rings": plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS) for shape in rings)),
+            "rows": plgpu.SMEM((self._rows_with_rest, self.row_numbers), jnp.bfloat16, transforms=TRANSFORMS),
+            "half": plgpu.SMEM((self.groups, GROUP_ROWS, self.kept), jnp.float32, transforms=halves),
+            "weights_full": plgpu.Barrier(num_barriers=weights),
+            "weights_empty": plgpu.Barrier(num_arrivals=self.groups, num_barriers=weights),
+            "rows_full": plgpu.Barrier(num_barriers=rows),
+            "rows_empty": plgpu.ClusterBarrier(num_barriers=rows, **by_both),
+            # One for all groups: of a barrier with a number JAX 0.11.2 finds another at the other program.
+            "half_full": plgpu.Barrier(num_arrivals=self.groups),
+            "written": plgpu.Barrier(),
+            "done": plgpu.ClusterBarrier(**by_both),
+        }

@@ -186,7 +186,7 @@ def played(plan, given, counters):
     """Runs the kernel on arrays of NumPy; returns all that it writes, by name.
 
     Args:
-      plan: a `_Plan`, with an activation of NumPy.
+      plan: a `Plan`, with an activation of NumPy.
       given: "o", "x" (`padded`) and "weights", [columns, length] by product, in bfloat16.
       counters: COUNTERS zeros, and what is cleared.
     """
@@ -261,7 +261,8 @@ def played(plan, given, counters):
             program = kernel._Program.__new__(kernel._Program)
             vars(program).update(device | HERE.shared, plan=plan, products=plan.products)
             program.pair, program.side, program.number = number // SIDES, HERE.side, number
-            (program.copy_weights, program.copy_rows, program.multiply_all, program.multiply_all)[warpgroup]()
+            work = program.copy_weights, program.copy_rows, *(program.multiply_all for _ in range(plan.groups))
+            work[warpgroup]()
             assert not HERE.copies + HERE.products
         except BaseException as error:
             errors.append(error)
@@ -275,7 +276,7 @@ def played(plan, given, counters):
         for first in range(0, PROGRAMS, SIDES):
             pair = _pair(plan, shared)
             for side in range(SIDES):
-                for warpgroup in range(kernel.FIRST_MULTIPLIER + kernel.MULTIPLIERS):
+                for warpgroup in range(kernel.FIRST_MULTIPLIER + plan.groups):
                     threads.append(threading.Thread(target=run, args=(first + side, warpgroup, pair), daemon=True))
         for thread in threads:
             thread.start()
@@ -283,7 +284,7 @@ def played(plan, given, counters):
             thread.join()
     if errors:
         raise next((error for error in errors if "Another" not in str(error)), errors[0])
-    assert len(threads) == 4 * SIDES * PAIRS
+    assert len(threads) == (2 + plan.groups) * SIDES * PAIRS
     return {name: ref.array for name, ref in found.items()}
 
 
@@ -291,13 +292,13 @@ def _pair(plan, types_of):
     """Shared memory of both programs of a cluster: all that it holds is no number before it is written."""
     pair = []
     for _ in range(SIDES):
-        ring = np.full((plan.weight_slots, WEIGHT_NUMBERS), np.nan, np.float32)
-        shared = {name: Ref(np.full(types_of[name].shape, np.nan, np.float32)) for name in ("rows", "half", "split")}
+        ring = np.full((plan.slots["weights"], WEIGHT_NUMBERS), np.nan, np.float32)
+        shared = {name: Ref(np.full(types_of[name].shape, np.nan, np.float32)) for name in ("rows", "half")}
         shared["rings"] = {d: Ref(ring.reshape(-1, WEIGHT_NUMBERS // d, d)) for d in plan.depths}
         for name in ("weights_full", "weights_empty", "rows_full"):
             barriers = types_of[name]
             shared[name] = Barriers(Barrier(barriers.num_arrivals) for _ in range(barriers.num_barriers[0]))
-        for name in ("half_full", "written", "split_full", "split_empty"):
+        for name in ("half_full", "written"):
             shared[name] = Barrier(types_of[name].num_arrivals)
         # A slot that both fill is full when both halves are there.
         shared["rows_halves"] = [_Halves(full) for full in shared["rows_full"]]

@@ -11,8 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
 from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
-from rattn.decoding.products_persistent_gpu import COUNTERS, MULTIPLIERS
-from rattn.decoding.products_persistent_plan import PROGRAMS
+from rattn.decoding.products_persistent_gpu import COUNTERS
+from rattn.decoding.products_persistent_plan import PROGRAMS, Plan
 from rattn.errors import UserError
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
@@ -160,7 +160,7 @@ def test_the_kernel_lowers_for_a_hopper(shapes, rows):
 @pytest.mark.parametrize("shapes", [WIDE, DEEP, MANY, SEVERAL, BROAD, HUGE])
 def test_every_column_is_some_program_s(shapes):
     """Of each product all columns, and as many tiles for both programs of a cluster."""
-    plan = products_persistent_gpu._Plan(1, weight_shapes(shapes), EPSILON, None)
+    plan = Plan(1, weight_shapes(shapes), EPSILON, None)
     taken, counts = {name: set() for name in shapes}, {}
     for number in range(products_persistent_plan.PROGRAMS):
         program = products_persistent_gpu._Program.__new__(products_persistent_gpu._Program)
@@ -206,17 +206,28 @@ def test_the_kernel_played(rows, shapes):
     found, counters = play(given, weights)
     assert_by_hand({name: found[name][:rows] for name in ("x", "qkv")}, by_hand("gelu", given))
     # Those of this call say that all were there, those of the next are zeros.
-    assert counters[0][counters[0] > 0].tolist() == 3 * [PROGRAMS * MULTIPLIERS]
+    assert counters[0][counters[0] > 0].tolist() == 3 * [PROGRAMS * -(-rows // GROUP_ROWS)]
     assert not counters[1].any()
     if rows == 5:
         last, _ = play(given, {name: w for name, w in weights.items() if name != "qkv"})
         np.testing.assert_array_equal(last["x"][:rows], found["x"][:rows])
 
 
+@pytest.mark.parametrize("multiplying", [1, 2])
+def test_there_are_registers_for_all_warpgroups(multiplying):
+    """Of a multiprocessor's 65,536 all threads begin with as many; a Hopper traps on an increase that is none."""
+    *copying, more = products_persistent_gpu.REGISTERS
+    warpgroups = len(copying) + multiplying
+    assert Plan(GROUP_ROWS * multiplying, weight_shapes(WIDE), EPSILON, None).groups == multiplying
+    first = 65536 // (128 * warpgroups) // 8 * 8
+    assert max(copying) < first < more
+    assert 128 * (sum(copying) + multiplying * more) <= 65536
+
+
 def play(given, weights):
     """Plays the kernel; returns what it writes, and the counters."""
     rows = given["o"].shape[0]
-    plan = products_persistent_gpu._Plan(
+    plan = Plan(
         rows, {name: w.shape for name, w in weights.items()}, EPSILON, lambda x: np.asarray(ACTIVATIONS["gelu"](x))
     )
     counters = np.zeros(COUNTERS, np.int32), np.ones(COUNTERS, np.int32)
