@@ -39,7 +39,8 @@ def positioned(x, scale=None, angles=None):
         x = rms_norm(x, scale, EPSILON)
     if angles is None:
         return x
-    shape = (1, 1, -1, H // 2) if angles[0].shape[0] == x.shape[2] else (-1, 1, 1, H // 2)
+    half = x.shape[-1] // 2
+    shape = (1, 1, -1, half) if angles[0].shape[0] == x.shape[2] else (-1, 1, 1, half)
     return rotate(x, *(angle.reshape(shape) for angle in angles))
 
 
@@ -60,7 +61,7 @@ def assert_kept(found, before, new_BKH, slot_B):
 def by_hand(q, k, v, visible_BS):
     """Softmax attention in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    scores = np.einsum("bkgh,bksh->bkgs", q, k) * H**-0.5
+    scores = np.einsum("bkgh,bksh->bkgs", q, k) * q.shape[-1] ** -0.5
     weights = np.where(visible_BS[:, None, None], np.exp(scores), 0)
     return np.einsum("bkgs,bksh->bkgh", weights / weights.sum(-1, keepdims=True), v)
 

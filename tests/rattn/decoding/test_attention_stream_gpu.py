@@ -1,0 +1,161 @@
+"""The kernel of positioned keys for a Hopper GPU: interpreted on the CPU, lowered, and run where there is a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rattn.decoding import attention_stream_gpu
+from rattn.decoding.attention_stream_gpu import HEAD_DIM, PAIRS, TAKERS, TILE
+from rattn.model.layers import rope_angles
+from tests.rattn.decoding.test_attention_gpu import (
+    EPSILON,
+    assert_kept,
+    assert_within_rounding,
+    by_hand,
+    positioned,
+)
+
+H = HEAD_DIM
+
+
+def check(newest, known, slots, window, heads, group, normed, rotated, interpret=None, times=1):
+    """Compares a call, or what it finds `times` times one after another, with float64."""
+    random = np.random.default_rng(5)
+
+    def draw(*shape):
+        return random.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+
+    newest, known = (np.array(x, np.int32) for x in (newest, known))
+    batch = len(newest)
+    qkv, k, v = draw(batch, heads, group + 2, H), draw(batch, heads, slots, H), draw(batch, heads, slots, H)
+    scales = tuple(random.uniform(0.5, 1.5, H).astype(np.float32) for _ in range(2)) if normed else None
+    angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
+    plan = attention_stream_gpu.Plan(window, EPSILON, interpret)
+
+    @jax.jit
+    def attend(qkv, k, v, newest, known, ready):
+        return attention_stream_gpu.attend(plan, qkv, k, v, newest, known, ready, scales, angles)
+
+    q = positioned(qkv[:, :, :group], scales and scales[0], angles)
+    new_k = positioned(qkv[:, :, group : group + 1], scales and scales[1], angles)
+    found, kept_k, kept_v, ready = attend(qkv, k, v, newest, known, attention_stream_gpu.none_ready())
+    for _ in range(times - 1):
+        found, kept_k, kept_v, ready = attend(qkv, kept_k, kept_v, newest, known, ready)
+    assert not np.any(ready)
+    k = assert_kept(kept_k, k, np.asarray(new_k)[:, :, 0], newest)
+    v = assert_kept(kept_v, v, qkv[:, :, -1], newest)
+    ages = (newest[:, None] - np.arange(slots)[None]) % slots
+    wanted = by_hand(q, k, v, ages < np.minimum(window, known)[:, None])
+    past = newest == slots
+    wanted[past] = qkv[past][:, :, -1:].astype(np.float64)
+    # The weights and the result; products are added up in float32.
+    assert_within_rounding(found, wanted, roundings=2)
+
+
+CASES = [
+    # newest, known, slots, window, heads, group, normed, rotated
+    ((299, 270), (300, 271), 300, 300, 2, 4, False, False),  # a full layer: slot = position
+    ((100, 100), (150, 70), 300, 120, 2, 8, True, True),  # a ring that goes round in one sequence
+    ((5, 5), (1, 300), 300, 300, 2, 1, True, False),  # every slot of a ring
+    ((300, 299), (1, 300), 300, 300, 1, 5, False, True),  # one sequence past the end, which sees its own key alone
+]
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Returns a function that sets how many programs there are.
+
+    It also lets a kernel end with barriers whose last phase nobody waited for, as the hardware does.
+    """
+
+    def deallocate(barrier):
+        with barrier.cv:
+            barrier.ref_count -= 1
+
+    monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
+    return lambda count: monkeypatch.setattr(attention_stream_gpu, "programs_of", lambda heads: count)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_hand(programs, capsys, case):
+    """One program takes all heads: each of its warpgroups is a thread of JAX's, which has eight here."""
+    programs(1)
+    check(*case, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    # The search wants a fence between what a warpgroup reads and a copy that takes its place. A barrier does, as in
+    # CUTLASS.
+    races = capsys.readouterr().out.split("RACE DETECTED")[1:]
+    assert not [race for race in races if "write of" not in race or "(Copies." not in race or "read of" not in race]
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+def test_two_programs_share_a_head(programs, case):
+    programs(2)
+    (newest, *_), (known, *_), *rest = case
+    check((newest,), (known,), *rest[:2], 1, *rest[3:], interpret=plgpu.InterpretGPUParams())
+
+
+@pytest.mark.parametrize(
+    ("newest", "known", "window", "slots"),
+    [
+        ((2047,) * 5, (2048,) * 5, 2048, 2048),
+        ((0, 2048, 70, 1000, 64), (1, 2049, 71, 900, 65), 2048, 2048),  # a full layer, also past the end
+        ((0, 99, 40, 500, 499), (1000, 100, 3000, 77, 1), 500, 501),  # a ring
+        ((3, 3, 3, 3, 3), (1000, 600, 500, 20, 4), 500, 512),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 7, 132])
+def test_shares_divide_all_pairs_in_one_line(newest, known, window, slots, count):
+    heads, tiles = 3, -(-slots // TILE)
+    newest, known = (np.array(x, np.int32) for x in (newest, known))
+    shares = jax.jit(attention_stream_gpu.shares, static_argnums=range(2, 6))
+    spans, programs = (np.asarray(x) for x in shares(newest, known, window, slots, heads, count))
+    for (at, reach, first, pairs), n, k in zip(spans, newest, known, strict=True):
+        assert (at, reach) == (n, min(window, k))
+        ages = (n - np.arange(slots)) % slots
+        needed = {slot // TILE for slot in np.flatnonzero((ages > 0) & (ages < reach))}
+        read = [(first + i) % tiles for i in range(pairs)]
+        assert len(set(read)) == len(read) >= 1
+        assert needed <= set(read)
+        # Nothing else, but for a sequence without older keys.
+        assert len(read) == max(1, len(needed))
+    line = [(head, pair) for head in range(5 * heads) for pair in range(spans[head // heads, 3])]
+    taken, owners = [], {}
+    for number, (first, pair, last, end, sharers) in enumerate(programs):
+        mine = []
+        for head in range(first, last + 1):
+            stop = end if head == last else spans[head // heads, 3]
+            mine += [(head, n) for n in range(pair if head == first else 0, stop)]
+        assert abs(len(mine) - len(line) / count) < 1
+        taken += mine
+        for head in {head for head, _ in mine}:
+            owners.setdefault(head, []).append(number)
+        if mine:
+            owners[last, "sharers"] = owners.get((last, "sharers"), (number, sharers))
+    assert taken == line
+    for head in range(5 * heads):
+        own = owners[head]
+        assert own == list(range(own[0], own[-1] + 1))
+        if len(own) > 1:
+            assert owners[head, "sharers"] == (own[0], len(own) - 1)
+
+
+def test_takers_have_places_of_their_own():
+    assert PAIRS % TAKERS == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((2047,) * 32, (2048,) * 32, 2048, 2048, 4, 4, True, True),  # a head a program
+        ((2047,) * 33, (2048,) * 33, 2048, 2048, 4, 4, False, True),  # parts of two heads a program
+        ((4000, 0, 700), (4001, 1, 600), 4096, 4096, 2, 8, True, False),  # many programs a head
+        ((10, 519, 511, 500) * 40, (5000, 600, 512, 3) * 40, 512, 520, 4, 5, True, True),  # rings, several heads
+        ((20,), (21,), 64, 64, 1, 1, False, False),
+    ],
+)
+def test_on_a_gpu_by_hand(case):
+    check(*case, times=3)
