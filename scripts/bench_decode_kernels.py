@@ -38,8 +38,7 @@ from rattn.decoding import (
     products_persistent_gpu,
     products_persistent_plan,
 )
-from rattn.decoding.decoder import MODULES
-from rattn.decoding.layers import layer_specs, product_shapes
+from rattn.decoding.layers import GATE_COLUMNS, layer_specs, product_shapes
 from rattn.model.layers import ACTIVATIONS, rope_angles
 from rattn.planning.report import table
 from scripts.constants import values_set
@@ -128,7 +127,7 @@ def arguments():
     parser.add_argument("--attention", nargs="*", default=["local:32", "local:384", "full:32:4096"])
     tiling = "slots:warps:stages:programs[:least], beside the one in use"
     parser.add_argument("--tilings", nargs="*", default=[], help=tiling)
-    parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:32"])
+    parser.add_argument("--products", nargs="*", default=["pallas_gpu:32", "pallas_gpu_persistent:64"])
     parser.add_argument("--timeline", action="store_true", help="of the programs of Mosaic GPU's kernels")
     parser.add_argument("--rings", nargs="*", default=[], help="KiB:LATE, beside the one in use")
     return parser.parse_args()
@@ -203,10 +202,9 @@ def products_case(model, text, rings=()):
     kind, rows = text.split(":")
     rows, persistent = int(rows), kind == "pallas_gpu_persistent"
     shapes = product_shapes(model)
-    gate_columns = MODULES[kind].GATE_COLUMNS
     columns, length = shapes["gate_up"]
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
-    weights["gate_up"] = jax.ShapeDtypeStruct((columns // gate_columns, 2, gate_columns, length), jnp.bfloat16)
+    weights["gate_up"] = jax.ShapeDtypeStruct((columns // GATE_COLUMNS, 2, GATE_COLUMNS, length), jnp.bfloat16)
     own = {"weights": weights, "counters": jax.eval_shape(products_persistent_gpu.zero_counters)}
     shared = {"o": (rows, shapes["out"][1]), "x": (rows, model.width)}
     shared = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shared.items()}

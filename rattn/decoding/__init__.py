@@ -25,5 +25,6 @@ copied first unless the backend can fuse it: weights and caches are all that a s
 longer than the step.
 
 A step is written twice, in XLA's operations (`attention_xla`, `layers`) and for one GPU in kernels, which a `Decoder`
-takes where they fit: `attention_gpu` for all of a layer between its products, `products_gpu` for these.
+takes where they fit: `attention_gpu` for all of a layer between its products, `products_gpu` and, for more sequences,
+`products_persistent_gpu` for these.
 """

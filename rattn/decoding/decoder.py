@@ -20,9 +20,7 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
-# What fits the kernels for products, and how gate and up lie for them.
-MODULES = {"pallas_gpu": products_gpu, "pallas_gpu_persistent": products_persistent_plan}
-PRODUCTS = ("auto", "xla", *MODULES)
+PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
 # What runs on a Hopper GPU alone.
 HOPPER = ("pallas_gpu_ring", "pallas_gpu_persistent")
 
@@ -58,11 +56,12 @@ class Decoder:
             `rattn.decoding.attention_gpu` fits, or "pallas_gpu_ring", on a Hopper GPU, which has another kernel for
             layers and batches that `attention_ring_gpu` fits. "auto" takes "pallas_gpu_ring" on one Hopper GPU,
             "pallas_gpu" on another and "xla" elsewhere.
-          products: of a step with its weights: "xla", or on one device, for models and batches that they fit,
-            "pallas_gpu" (`rattn.decoding.products_gpu`) or, on a Hopper GPU, "pallas_gpu_persistent"
-            (`products_persistent_gpu`, with a multiprocessor for each of its programs, which wait for each other),
-            whose weights lie otherwise; "xla" for others. "auto" takes "pallas_gpu" on one Hopper GPU and "xla"
-            elsewhere.
+          products: of a step with its weights: "xla", or on one device, for models that it fits, "pallas_gpu"
+            (`rattn.decoding.products_gpu` for up to 64 sequences and "xla" for more), or on a Hopper GPU, for models
+            that both fit, "pallas_gpu_persistent" (`products_persistent_gpu` for 33 to 128 sequences, with a
+            multiprocessor for each of its programs, which wait for each other; "pallas_gpu" for fewer and "xla" for
+            more). A model that one does not fit gets the one before. "auto" takes "pallas_gpu_persistent" on one Hopper
+            GPU with so many multiprocessors, "pallas_gpu" on another and "xla" elsewhere.
 
         Raises:
           UserError: a value that does not fit.
@@ -91,21 +90,8 @@ class Decoder:
         for name, value in (("attention", attention), ("products", products)):
             if value in HOPPER and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
-        if products == "auto":
-            products = "pallas_gpu" if one_hopper else "xla"
-        how = "interpreted" if platform == "cpu" else "compiled"
-        kernels = {"xla": "none", "pallas_gpu": how, "pallas_gpu_ring": how, "pallas_gpu_persistent": "persistent"}
-        shapes = layers.product_shapes(model)
-        if products in MODULES and not MODULES[products].fits(jnp.dtype(model.compute_dtype), shapes):
-            products = "xla"
-        programs = products_persistent_plan.PROGRAMS
-        if products == "pallas_gpu_persistent" and devices.multiprocessors() < programs:
-            raise UserError(
-                f"products={products!r} runs on {programs} multiprocessors and there are {devices.multiprocessors()}; "
-                "use 'auto'."
-            )
-        self.attention, self.products = attention, products
-        self._kernels = step.Kernels(kernels[attention], kernels[products], ring=attention == "pallas_gpu_ring")
+        self.attention, self.products = attention, _products_taken(products, model, one_hopper)
+        self._kernels = step.Kernels(self.attention, self.products, interpret=platform == "cpu")
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
@@ -114,8 +100,7 @@ class Decoder:
 
     def weights(self, parameters: Tree) -> dict[str, Any]:
         """Lays training's parameters out for decoding; see `rattn.decoding.layers.decoding_weights`."""
-        gate_columns = MODULES[self.products].GATE_COLUMNS if self.products in MODULES else 0
-        return layers.decoding_weights(self.model, parameters, self.sharding, gate_columns)
+        return layers.decoding_weights(self.model, parameters, self.sharding, for_kernels=self.products != "xla")
 
     def layout(self, batch: int, capacity: int) -> CacheLayout:
         """Describes a cache for `batch` sequences of up to `capacity` tokens."""
@@ -290,3 +275,19 @@ class Decoder:
                 f"There are {batch} rows of tokens and the cache was allocated for {cache.layout.batch} sequences; "
                 "give one row for each."
             )
+
+
+def _products_taken(asked: str, model: ConfigDict, one_hopper: bool) -> str:
+    """Returns which of PRODUCTS but "auto" a decoder takes that was asked for one of them."""
+    programs, there = products_persistent_plan.PROGRAMS, devices.multiprocessors()
+    fitting = jnp.dtype(model.compute_dtype), layers.product_shapes(model)
+    taken = asked
+    if asked == "auto":
+        taken = "xla" if not one_hopper else "pallas_gpu" if there < programs else "pallas_gpu_persistent"
+    if taken == "pallas_gpu_persistent" and not products_persistent_plan.fits(*fitting):
+        taken = "pallas_gpu"
+    if taken != "xla" and not products_gpu.fits(*fitting):
+        taken = "xla"
+    if taken == "pallas_gpu_persistent" and there < programs:
+        raise UserError(f"products={asked!r} runs on {programs} multiprocessors and there are {there}; use 'auto'.")
+    return taken

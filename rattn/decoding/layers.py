@@ -17,6 +17,9 @@ from rattn.sharding import Sharding
 Tree = Any
 Weights = Mapping[str, jax.Array]
 
+# Columns of the gate, and then as many of up, that lie beside each other for kernels: what a Hopper's tensor cores tell
+# apart.
+GATE_COLUMNS = 8
 # Logical dims of a layer's weights. A key/value head's G query projections, its key's and its value's stand together
 # (A = G + 2), and so do gate and up: one matrix product each, which no number of devices along `model` cuts wrongly.
 # What is summed over is one dim (E = K·G·H): XLA would transpose a weight with several of them in every step.
@@ -124,15 +127,16 @@ def product_shapes(model: ConfigDict) -> dict[str, tuple[int, int]]:
     }
 
 
-def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding, gate_columns: int = 0) -> dict[str, Any]:
+def decoding_weights(
+    model: ConfigDict, parameters: Tree, sharding: Sharding, for_kernels: bool = False
+) -> dict[str, Any]:
     """Lays training's parameters out for decoding: one tree a layer, matrices in the compute dtype, norms in float32.
 
     Args:
       model: `config.model`.
       parameters: as `ModelSpec.shapes`, of any float dtype; they are not changed.
       sharding: where the result goes.
-      gate_columns: where they lie as `rattn.decoding.products_gpu` takes them, or `products_persistent_gpu`: how many
-        columns of the gate, and then of up, lie beside each other.
+      for_kernels: whether they lie as `rattn.decoding.products_gpu` and `products_persistent_gpu` take them.
 
     Returns:
       {"model": …, "layers": (…)}, with the names and dims of `MODEL_DIMS` and `LAYER_DIMS`.
@@ -147,7 +151,7 @@ def decoding_weights(model: ConfigDict, parameters: Tree, sharding: Sharding, ga
         return of_layer(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, repeat, keepdims=False), tree))
 
     def of_layer(tree: Tree) -> Weights:
-        return _layer_weights(model, tree, dtype, gate_columns)
+        return _layer_weights(model, tree, dtype, for_kernels)
 
     layers = []
     for index in range(model.layers):
@@ -171,7 +175,7 @@ def _model_weights(dtype: jnp.dtype, tree: Tree) -> dict[str, jax.Array]:
     return weights
 
 
-def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, gate_columns: int) -> dict[str, jax.Array]:
+def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, for_kernels: bool) -> dict[str, jax.Array]:
     mixer, mlp = tree["mixer"], tree["mlp"]
     D, K, H = mixer["k_DKH"].shape
     G = model.query_heads // K
@@ -183,8 +187,8 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, gate_columns
         "down_FD": mlp["down_FD"],
     }
     norms = {"mixer_norm_D": tree["mixer_norm"]["scale"], "mlp_norm_D": tree["mlp_norm"]["scale"]}
-    if gate_columns:
-        weights, norms = _for_products_gpu(weights, norms, gate_columns), {}
+    if for_kernels:
+        weights, norms = _for_kernels(weights, norms), {}
     for name in ("q_norm", "k_norm"):
         if name in mixer:
             norms[f"{name}_H"] = mixer[name]["scale"]
@@ -196,12 +200,12 @@ def _layer_weights(model: ConfigDict, tree: Tree, dtype: jnp.dtype, gate_columns
     }
 
 
-def _for_products_gpu(weights: Weights, norms: Weights, gate_columns: int) -> dict[str, jax.Array]:
+def _for_kernels(weights: Weights, norms: Weights) -> dict[str, jax.Array]:
     """Multiplies the scales of the norms into the weights after them, and puts what is summed over last."""
     qkv_DKAH, gate_up_DCF = (weights[name].astype(jnp.float32) for name in ("qkv_DKAH", "gate_up_DCF"))
     mixer_D, mlp_D = (norms[name].astype(jnp.float32) for name in ("mixer_norm_D", "mlp_norm_D"))
     D, C, _ = gate_up_DCF.shape
-    gate_up_DCJF = (gate_up_DCF * mlp_D[:, None, None]).reshape(D, C, -1, gate_columns)
+    gate_up_DCJF = (gate_up_DCF * mlp_D[:, None, None]).reshape(D, C, -1, GATE_COLUMNS)
     return {
         "qkv_KAHD": jnp.moveaxis(qkv_DKAH * mixer_D[:, None, None, None], 0, -1),
         "out_DE": weights["out_ED"].T,

@@ -3,7 +3,7 @@
 Copies to shared memory by threads, which do not stand in the copy engine's line; counters in device memory, by which
 programs wait for each other; a layout of few rows, and what warps find of theirs.
 
-And what those kernels have in common: how many rows they multiply, how gate and up lie, what the compiler may not add.
+And what those kernels have in common: how many rows they multiply, what the compiler may not add.
 """
 
 import dataclasses
@@ -19,9 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 WARPGROUP, CHUNK = 128, 16
 # Numbers of bfloat16 in a line of shared memory, or of the cache.
 LINE = 64
-# Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take. Columns of the gate, and then
-# as many of up, that lie beside each other in the weights: what tensor cores tell apart.
-GROUP_ROWS, GATE_COLUMNS = 64, 8
+# Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take.
+GROUP_ROWS = 64
 # How tiles lie that matrix products read.
 TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
 
@@ -39,13 +38,6 @@ def compiler_params(**more):
 def padded(x_BD):
     """Returns the rows of x with others behind them, to as many as warpgroups multiply."""
     return jnp.pad(x_BD, ((0, -x_BD.shape[0] % GROUP_ROWS), (0, 0)))
-
-
-def gated(y, activation):
-    """Yields columns of a tile's result and activation(gate) · up there, from its sums, GATE_COLUMNS at a time."""
-    for n in range(0, y.shape[1], 2 * GATE_COLUMNS):
-        gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
-        yield n // 2, activation(gate) * up
 
 
 def rows_layout(rows, columns):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from rattn.decoding.layers import GATE_COLUMNS
 from rattn.decoding.triton_gpu import cells, dot, let_next_begin
 
 # Rows of a product, at least and at most: more would not fit as what they are multiplied with.
@@ -63,14 +64,12 @@ class Tile:
         return max(2, SHARED_BYTES // size)
 
 
-# Columns of the gate, and then as many of up, that lie beside each other in the weights.
-GATE_COLUMNS = 64
 # For the 3B model at 32 rows on an H200 (docs/kernel_log_gpu.md, 5): programs read rows as often as there are tiles,
 # and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
     "out": Tile(columns=16, depth=64),
-    "gate_up": Tile(columns=GATE_COLUMNS, depth=128, held=2),
+    "gate_up": Tile(columns=64, depth=128, held=2),
     "down": Tile(columns=16, depth=128),
 }
 
@@ -215,7 +214,7 @@ class _Program:
         held, length = tile.held * tile.columns, self.length // tile.pieces
         side, beside = jnp.arange(tile.pieces * held), jnp.arange(tile.pieces * self.rows)
         piece, piece_beside = side // held, beside // self.rows
-        column = self.number * held + side % held
+        column = self.number * held + self.place(side % held)
 
         def read(i, sums):
             at = i * tile.depth + jnp.arange(tile.depth)[None]
@@ -232,6 +231,15 @@ class _Program:
             sums = sums.reshape(tile.pieces * held, tile.pieces, self.rows).sum(axis=1)
             sums = sums.reshape(tile.pieces, held, self.rows).sum(axis=0)
         return sums.T
+
+    def place(self, column):
+        """Returns where a column lies among the tile's weight columns, of which sums have all of the gate's first."""
+        if self.tile.held == 1:
+            return column
+        # `//` and `%` round down below zero too, which every thread would pay before its first copy.
+        div, rem, columns, width = jax.lax.div, jax.lax.rem, jnp.int32(self.tile.columns), jnp.int32(GATE_COLUMNS)
+        group = div(rem(column, columns), width) * self.tile.held + div(column, columns)
+        return group * GATE_COLUMNS + rem(column, width)
 
     def squares(self):
         """Loads the sums of squares of the tiles that x was written in, [P or the next power of two, rows]."""

@@ -32,7 +32,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
-from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
+from rattn.decoding.layers import GATE_COLUMNS
+from rattn.decoding.mosaic_gpu import GROUP_ROWS
 from rattn.decoding.products_persistent_plan import PAIRS, PRODUCTS, PROGRAMS, SIDES, Plan
 
 # Of `counters`: one for each product, a line of the cache apart.
@@ -293,9 +294,11 @@ class _Program:
             y, slots = self.multiply(product, slots)
             y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
             if name == "gate_up":
-                for column, hidden in mosaic_gpu.gated(y, plan.activation):
-                    columns = pl.ds(first // 2 + column, GATE_COLUMNS)
-                    self.found["hidden"].at[self.group_rows, columns][...] = hidden.astype(jnp.bfloat16)
+                for n in range(0, product.tile, 2 * GATE_COLUMNS):
+                    gate, up = y[:, n : n + GATE_COLUMNS], y[:, n + GATE_COLUMNS : n + 2 * GATE_COLUMNS]
+                    columns = pl.ds((first + n) // 2, GATE_COLUMNS)
+                    hidden = (plan.activation(gate) * up).astype(jnp.bfloat16)
+                    self.found["hidden"].at[self.group_rows, columns][...] = hidden
             else:
                 self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
             return slots

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding.mosaic_gpu import CHUNK, GATE_COLUMNS, GROUP_ROWS, LINE, TRANSFORMS, WARPGROUP
+from rattn.decoding.layers import GATE_COLUMNS
+from rattn.decoding.mosaic_gpu import CHUNK, GROUP_ROWS, LINE, TRANSFORMS, WARPGROUP
 
 # In their order, and those whose sums a pair of programs shares.
 PRODUCTS, SHARED_SUMS = ("out", "gate_up", "down", "qkv"), ("out", "down")
 # Programs, in clusters of SIDES; a Hopper has 132 multiprocessors and all programs must run at once.
 PROGRAMS, SIDES = 128, 2
 PAIRS = PROGRAMS // SIDES
-# Rows that a program multiplies at most.
-MOST_ROWS = 2 * GROUP_ROWS
+# Rows of a product: the kernel takes fewer too, but those in Triton are faster there, and a program has warpgroups for
+# no more.
+LEAST_ROWS, MOST_ROWS = 33, 2 * GROUP_ROWS
 # Weights, and the most numbers of each column, that are copied at a time.
 WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.

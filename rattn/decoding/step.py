@@ -32,25 +32,24 @@ class Kernels:
     """Which kernels a step runs.
 
     Attributes:
-      attention: `rattn.decoding.attention_gpu`, in layers that it fits: "none", "compiled" or "interpreted".
-      products: `rattn.decoding.products_gpu`, likewise, for up to its MOST_ROWS rows, or "persistent", by
-        `products_persistent_gpu`. The weights lie as they take them.
-      ring: whether `rattn.decoding.attention_ring_gpu` has the layers that it fits.
+      attention: "xla"; "pallas_gpu", `rattn.decoding.attention_gpu` in layers that it fits; or "pallas_gpu_ring", with
+        `attention_ring_gpu` in those that this one fits.
+      products: "xla"; "pallas_gpu", `rattn.decoding.products_gpu` for up to its MOST_ROWS rows; or
+        "pallas_gpu_persistent", with `products_persistent_gpu` from LEAST_ROWS to MOST_ROWS of its plan. The weights
+        lie for both of these kernels, or for "xla".
+      interpret: run Triton's kernels on a CPU, to test them.
     """
 
     attention: str
     products: str
-    ring: bool = False
+    interpret: bool = False
 
-    @property
-    def persistent(self) -> bool:
-        """Whether one kernel has all products between two layers' attention."""
-        return self.products == "persistent"
-
-    @property
-    def most_rows(self) -> int:
-        """For how many rows there are kernels for products."""
-        return (products_persistent_plan if self.persistent else products_gpu).MOST_ROWS
+    def products_for(self, rows: int) -> str:
+        """Returns what takes the products of so many rows."""
+        plan = products_persistent_plan
+        if self.products == "pallas_gpu_persistent" and plan.LEAST_ROWS <= rows <= plan.MOST_ROWS:
+            return "pallas_gpu_persistent"
+        return "pallas_gpu" if self.products != "xla" and rows <= products_gpu.MOST_ROWS else "xla"
 
 
 class Handed(NamedTuple):
@@ -113,16 +112,16 @@ def step(
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
-    if kernels.most_rows < B:
-        kernels = dataclasses.replace(kernels, products="none")
-    if kernels.persistent:
+    kernels = dataclasses.replace(kernels, products=kernels.products_for(B))
+    persistent = kernels.products == "pallas_gpu_persistent"
+    if persistent:
         x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
         x_BD=x_BD,
         qkv_BKAH=project(layers[0], per_layer[0], x_BD),
-        arrivals_BK=None if kernels.attention == "none" else jnp.zeros((B, model.kv_heads), jnp.int32),
-        counters=products_persistent_gpu.zero_counters() if kernels.persistent else None,
+        arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((B, model.kv_heads), jnp.int32),
+        counters=products_persistent_gpu.zero_counters() if persistent else None,
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
@@ -208,13 +207,12 @@ def _layer_step(
     if _ring_attends(kernels, layer, layout):
         o_BE, cache = _by_ring_kernel(layer, layout, rotation, weights, cache, clock, qkv_BKAH)
     elif _kernel_attends(kernels, layer, x_BD.dtype):
-        interpreted = kernels.attention == "interpreted"
         o_BE, cache, arrivals_BK = _by_kernel(
-            layer, layout, interpreted, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
+            layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
         )
     else:
         o_BE, cache = attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: clock.length_B.shape[0]])
-    if kernels.products == "none":
+    if kernels.products == "xla":
         x_BD = finish(layer, weights, x_BD, o_BE)
         qkv_BKAH = project(layer, following, x_BD) if following else None
         return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
@@ -222,22 +220,22 @@ def _layer_step(
     if following:
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
-    if kernels.persistent:
+    if kernels.products == "pallas_gpu_persistent":
         x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
     else:
-        x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.products == "interpreted", **how)
+        x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.interpret, **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
     return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
 
 
 def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.ring and attention_ring_gpu.fits(layer, layout)
+    return kernels.attention == "pallas_gpu_ring" and attention_ring_gpu.fits(layer, layout)
 
 
 def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
     sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
     return (
-        kernels.attention != "none"
+        kernels.attention != "xla"
         and sees
         and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
     )

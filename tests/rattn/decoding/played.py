@@ -18,7 +18,6 @@ import types
 import numpy as np
 import pytest
 
-from rattn.decoding import mosaic_gpu
 from rattn.decoding import products_persistent_gpu as kernel
 from rattn.decoding.products_persistent_plan import PAIRS, PROGRAMS, SIDES, WEIGHT_NUMBERS
 
@@ -245,7 +244,6 @@ def played(plan, given, counters):
             wait_for_copies=copies_done,
             wait_if=lambda condition, barrier: wait(barrier) if condition else None,
             copy=begin_copy,
-            gated=mosaic_gpu.gated,
             show_copies=lambda: None,
             join=lambda: None,
             count=count,

@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.decoding import layers, products_gpu
+from rattn.decoding.layers import GATE_COLUMNS
 from rattn.errors import UserError
 from rattn.generate import on_devices
 from rattn.model.layers import ACTIVATIONS
@@ -43,7 +44,12 @@ def arrays(rows, width=D):
     random = np.random.default_rng(rows)
     shapes = {"x": (rows, width), "o": (rows, E), "hidden": (rows, F)}
     given = {name: random.standard_normal(shape) * np.logspace(-1, 1, rows)[:, None] for name, shape in shapes.items()}
-    weights = {"qkv": (N, width), "out": (width, E), "gate_up": (F // 64, 2, 64, width), "down": (width, F)}
+    weights = {
+        "qkv": (N, width),
+        "out": (width, E),
+        "gate_up": (F // GATE_COLUMNS, 2, GATE_COLUMNS, width),
+        "down": (width, F),
+    }
     given |= {name: random.standard_normal(shape) * shape[-1] ** -0.5 for name, shape in weights.items()}
     return {name: x.astype(jnp.bfloat16) for name, x in given.items()}
 

@@ -1,19 +1,24 @@
 """The products between two layers as one kernel: played on the CPU, lowered, and by hand where there is a Hopper."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from ml_collections import ConfigDict
 
 from kernels_pallas import devices
 from rattn.decoding import layers, mosaic_gpu, products_persistent_gpu, products_persistent_plan
-from rattn.decoding.mosaic_gpu import GATE_COLUMNS, GROUP_ROWS
+from rattn.decoding.decoder import Decoder
+from rattn.decoding.layers import GATE_COLUMNS
+from rattn.decoding.mosaic_gpu import GROUP_ROWS
 from rattn.decoding.products_persistent_gpu import COUNTERS
 from rattn.decoding.products_persistent_plan import PROGRAMS, Plan
 from rattn.errors import UserError
+from rattn.generate import on_devices
 from rattn.model.layers import ACTIVATIONS
 from tests.rattn.decoding.conftest import TWO_MIXERS
 from tests.rattn.decoding.played import played
@@ -249,18 +254,51 @@ def test_fewer_multiprocessors_than_programs_are_an_error(miniature, hopper, mon
         miniature(fold_tokens=2, products="pallas_gpu_persistent", **MINIATURE)
 
 
-def test_more_rows_than_fit_are_left_to_xla(miniature, hopper, monkeypatch):
-    mini = miniature(fold_tokens=2, attention="xla", products="pallas_gpu_persistent", **MINIATURE)
+@pytest.mark.parametrize(
+    ("products_by", "wanted"),
+    [
+        ("pallas_gpu", {32: "pallas_gpu", 64: "pallas_gpu", 65: "xla"}),
+        ("pallas_gpu_persistent", {32: "pallas_gpu", 33: "persistent", 128: "persistent", 129: "xla"}),
+    ],
+)
+def test_rows_choose_the_kernels(miniature, hopper, monkeypatch, products_by, wanted):
+    """Of a step; x is padded for one of them alone."""
+    mini, padded = miniature(fold_tokens=2, attention="xla", products=products_by, **MINIATURE), []
+    pad = mosaic_gpu.padded
+    monkeypatch.setattr(mosaic_gpu, "padded", lambda x: padded.append(x.shape[0]) or pad(x))
+    for rows, form in wanted.items():
+        cache = mini.decoder.empty_cache(rows, 24)
+        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(rows, np.int32))
+        # One for each of two layers, of which the last has none after it; four, and three.
+        found = [str(step.jaxpr).count(name) for name in ("name=decode_products", "name=decode_product_")]
+        assert found == {"xla": [0, 0], "pallas_gpu": [0, 7], "persistent": [2, 0]}[form]
+    assert padded == [rows for rows, form in wanted.items() if form == "persistent"]
 
-    def kernels():
-        cache = mini.decoder.empty_cache(3, 24)
-        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
-        return str(step.jaxpr).count("name=decode_products")
 
-    # One for each of two layers, of which the last has none after it.
-    assert kernels() == 2
-    monkeypatch.setattr(products_persistent_plan, "MOST_ROWS", 2)
-    assert not kernels()
+@pytest.mark.parametrize(
+    ("asked", "changes", "multiprocessors", "taken"),
+    [
+        ("auto", {}, 132, "pallas_gpu_persistent"),
+        ("auto", {}, 127, "pallas_gpu"),
+        ("auto", {"width": 512}, 132, "pallas_gpu"),
+        ("auto", {"compute_dtype": "float32"}, 132, "xla"),
+        ("pallas_gpu", {}, 132, "pallas_gpu"),
+        ("pallas_gpu_persistent", {}, 128, "pallas_gpu_persistent"),
+        ("pallas_gpu_persistent", {"width": 512}, 127, "pallas_gpu"),
+        # 528 columns of qkv, pairs of tiles for the one kernel but no whole tiles for the others.
+        ("pallas_gpu_persistent", {"query_heads": 64, "kv_heads": 1, "head_dim": 8}, 132, "xla"),
+    ],
+)
+def test_what_is_taken(miniature, hopper, monkeypatch, asked, changes, multiprocessors, taken):
+    """On one Hopper GPU, and "auto" on a CPU."""
+    monkeypatch.setattr(devices, "multiprocessors", lambda: multiprocessors)
+    model = ConfigDict(miniature(fold_tokens=3, **MINIATURE).model.to_dict() | changes)
+    here = on_devices(1, 1)
+    gpu = np.array([types.SimpleNamespace(platform="gpu")])
+    mesh = types.SimpleNamespace(shape=here.mesh.shape, size=1, devices=gpu)
+    there = types.SimpleNamespace(mesh=mesh, operators=here.operators, named=here.named)
+    assert Decoder(model, there, products=asked).products == taken
+    assert Decoder(model, here).products == "xla"
 
 
 @pytest.mark.gpu
@@ -305,5 +343,10 @@ def test_on_a_gpu_a_row_does_not_depend_on_others():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["xla", "pallas_gpu"])
-def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, attention):
+def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch, attention):
+    """Its three rows are enough here."""
+    traced, run = [], products_persistent_gpu.run
+    monkeypatch.setattr(products_persistent_gpu, "run", lambda *x, **how: traced.append(x) or run(*x, **how))
+    monkeypatch.setattr(products_persistent_plan, "LEAST_ROWS", 1)
     check_model(miniature, MINIATURE, (attention, "xla"), (attention, "pallas_gpu_persistent"))
+    assert traced
