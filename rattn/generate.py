@@ -387,7 +387,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("fold_tokens", FOLD_TOKENS, "Tokens that come, and are added to the states, at a time.")
     flags.DEFINE_string("state_dtype", "float32", "Of the states: float32 or bfloat16.")
     flags.DEFINE_string(
-        "attention", "auto", "xla, pallas_gpu (a kernel for one GPU), pallas_gpu_ring (two for one Hopper GPU) or auto."
+        "attention",
+        "auto",
+        "xla, pallas_gpu (for one GPU), pallas_gpu_hopper (more kernels for one Hopper GPU) or auto.",
     )
     flags.DEFINE_string("products", "auto", "xla, pallas_gpu or pallas_gpu_persistent (for one Hopper GPU) or auto.")
     flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")

@@ -5,11 +5,12 @@
     python -m scripts.bench_decode_kernels --attention --products pallas_gpu_persistent:32 --rings 80:4 112:3
 
 Attention is kind:batch, of a local layer by `attention_gpu` ("local") or by `attention_ring_gpu` ("ring"), or
-full:batch:context; products are those between two layers' attention, kind:rows. A tiling is
-slots:warps:stages:programs[:least] of `rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of
-`rattn.decoding.products_persistent_plan`: shared memory for rows, and LATE. A time is that of one kernel, or of the
-four of "pallas_gpu" products, on arrays that no cache holds, the median of some twenty with the extremes, without the
-gap before it; it counts from the end of the kernel before, where that one let it in early.
+kind:batch:context, of a full layer by `attention_gpu` ("full") or by `attention_stream_gpu` ("stream"); products are
+those between two layers' attention, kind:rows. A tiling is slots:warps:stages:programs[:least] of
+`rattn.decoding.attention_gpu.Tiling`, a ring KiB:LATE of `rattn.decoding.products_persistent_plan`: shared memory for
+rows, and LATE. A time is that of one kernel, or of the four of "pallas_gpu" products, on arrays that no cache holds,
+the median of some twenty with the extremes, without the gap before it; it counts from the end of the kernel before,
+where that one let it in early.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
     attention_ring_gpu_plan,
+    attention_stream_gpu,
     mosaic_gpu,
     products_gpu,
     products_persistent_gpu,
@@ -188,12 +190,28 @@ def attention_case(model, text, args):
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 
+    def run_stream(own, shared):
+        rotates = layer.rope_theta is not None
+        o_BKGH, k_BKSH, v_BKSH, _ = attention_stream_gpu.attend(
+            attention_stream_gpu.Plan(S, layer.norm_epsilon),
+            shared["qkv_BKAH"],
+            own["k_BKSH"],
+            own["v_BKSH"],
+            jnp.full(B, known - 1, jnp.int32),
+            jnp.full(B, known, jnp.int32),
+            attention_stream_gpu.none_ready(),
+            (jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
+            rope_angles(jnp.full(B, known), H, layer.rope_theta) if rotates else None,
+        )
+        return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+
     variants = {"in use": (attention_gpu, {})}
-    for tiling in args.tilings if kind != "ring" else ():
+    for tiling in args.tilings if kind in ("local", "full") else ():
         value = attention_gpu.Tiling(*map(int, tiling.split(":")))
         variants[tiling] = attention_gpu, {"TILING": value, "FULL_TILING": value}
     size = 4 * B * K * known * H + (8 * B * K * H * H if layer.has_linear else 0)
-    run, profiled = (run_ring, (attention_ring_gpu, attention_ring_gpu_plan)) if kind == "ring" else (run, None)
+    profiled = (attention_ring_gpu, attention_ring_gpu_plan) if kind == "ring" else None
+    run = {"ring": run_ring, "stream": run_stream}.get(kind, run)
     return Case(text, size, (own, shared), run, variants, profiled=profiled)
 
 

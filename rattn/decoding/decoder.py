@@ -19,10 +19,10 @@ from rattn.model.parameters import model_spec
 from rattn.sharding import Sharding
 
 Tree = Any
-ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_ring")
+ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_hopper")
 PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
 # What runs on a Hopper GPU alone.
-HOPPER = ("pallas_gpu_ring", "pallas_gpu_persistent")
+HOPPER = ("pallas_gpu_hopper", "pallas_gpu_persistent")
 
 
 class Decoder:
@@ -53,9 +53,9 @@ class Decoder:
           fold_tokens: C, steps between two folds: more make rings longer and write states less often.
           state_dtype: "float32" or "bfloat16", of the states that are kept.
           attention: of a step: "xla", or "pallas_gpu", on one device and in the layers that
-            `rattn.decoding.attention_gpu` fits, or "pallas_gpu_ring", on a Hopper GPU, which has another kernel for
-            layers and batches that `attention_ring_gpu` fits. "auto" takes "pallas_gpu_ring" on one Hopper GPU,
-            "pallas_gpu" on another and "xla" elsewhere.
+            `rattn.decoding.attention_gpu` fits, or "pallas_gpu_hopper", on a Hopper GPU, which has other kernels for
+            layers and batches that `attention_ring_gpu` or `attention_stream_gpu` fits. "auto" takes
+            "pallas_gpu_hopper" on one Hopper GPU, "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models that it fits, "pallas_gpu"
             (`rattn.decoding.products_gpu` for up to 64 sequences and "xla" for more), or on a Hopper GPU, for models
             that both fit, "pallas_gpu_persistent" (`products_persistent_gpu` for 33 to 128 sequences, with a
@@ -86,7 +86,7 @@ class Decoder:
         one_gpu = platform == "gpu" and sharding.mesh.size == 1
         one_hopper = one_gpu and devices.on_hopper()
         if attention == "auto":
-            attention = "pallas_gpu_ring" if one_hopper else "pallas_gpu" if one_gpu else "xla"
+            attention = "pallas_gpu_hopper" if one_hopper else "pallas_gpu" if one_gpu else "xla"
         for name, value in (("attention", attention), ("products", products)):
             if value in HOPPER and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")

@@ -188,18 +188,9 @@ def wait_for_count(counter, value):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def wait(_, counter):
         utils.SemaphoreRef(utils.memref_ptr(counter)).wait(value, decrement=False, memory_scope="gpu")
-        _order_copies()
+        _assembly("fence.proxy.async;")  # For what the copy engine reads.
 
     wait(counter)
-
-
-def order_copies():
-    """Orders what threads have written, of this kernel or of one that is waited for, and what the copy engine reads."""
-    plgpu.inline_mgpu()(lambda _: _order_copies())()
-
-
-def _order_copies():
-    _assembly("fence.proxy.async;")
 
 
 def _assembly(text, constraints="", *operands):

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
+    attention_stream_gpu,
     attention_xla,
     mosaic_gpu,
     products_gpu,
@@ -32,8 +33,8 @@ class Kernels:
     """Which kernels a step runs.
 
     Attributes:
-      attention: "xla"; "pallas_gpu", `rattn.decoding.attention_gpu` in layers that it fits; or "pallas_gpu_ring", with
-        `attention_ring_gpu` in those that this one fits.
+      attention: "xla"; "pallas_gpu", `rattn.decoding.attention_gpu` in layers that it fits; or "pallas_gpu_hopper",
+        with `attention_ring_gpu` and `attention_stream_gpu` in those that these fit.
       products: "xla"; "pallas_gpu", `rattn.decoding.products_gpu` for up to its MOST_ROWS rows; or
         "pallas_gpu_persistent", with `products_persistent_gpu` from LEAST_ROWS to MOST_ROWS of its plan. The weights
         lie for both of these kernels, or for "xla".
@@ -59,12 +60,14 @@ class Handed(NamedTuple):
       x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
       arrivals_BK: zeros, where attention is a kernel.
+      ready_P: zeros, where it is `attention_stream_gpu`.
       counters: of products, where they are one kernel.
     """
 
     x_BD: jax.Array
     qkv_BKAH: jax.Array | None
     arrivals_BK: jax.Array | None
+    ready_P: jax.Array | None
     counters: tuple[jax.Array, jax.Array] | None
 
 
@@ -114,6 +117,7 @@ def step(
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
     kernels = dataclasses.replace(kernels, products=kernels.products_for(B))
     persistent = kernels.products == "pallas_gpu_persistent"
+    streams = any(_stream_attends(kernels, layer, cache.layout) for layer in layers)
     if persistent:
         x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
@@ -121,6 +125,7 @@ def step(
         x_BD=x_BD,
         qkv_BKAH=project(layers[0], per_layer[0], x_BD),
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((B, model.kv_heads), jnp.int32),
+        ready_P=attention_stream_gpu.none_ready() if streams else None,
         counters=products_persistent_gpu.zero_counters() if persistent else None,
     )
     kept = []
@@ -203,9 +208,11 @@ def _layer_step(
 
     `following` are that layer's weights for them; `clock` is the one before the token.
     """
-    x_BD, qkv_BKAH, arrivals_BK, counters = handed
+    x_BD, qkv_BKAH, arrivals_BK, ready_P, counters = handed
     if _ring_attends(kernels, layer, layout):
         o_BE, cache = _by_ring_kernel(layer, layout, rotation, weights, cache, clock, qkv_BKAH)
+    elif _stream_attends(kernels, layer, layout):
+        o_BE, cache, ready_P = _by_stream_kernel(layer, layout, weights, cache, clock, qkv_BKAH, ready_P)
     elif _kernel_attends(kernels, layer, x_BD.dtype):
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
@@ -215,7 +222,7 @@ def _layer_step(
     if kernels.products == "xla":
         x_BD = finish(layer, weights, x_BD, o_BE)
         qkv_BKAH = project(layer, following, x_BD) if following else None
-        return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
+        return Handed(x_BD, qkv_BKAH, arrivals_BK, ready_P, counters), cache
     given = {"out": weights["out_DE"], "gate_up": weights["gate_up_JCFD"], "down": weights["down_DF"]}
     if following:
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
@@ -225,11 +232,15 @@ def _layer_step(
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.interpret, **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
-    return Handed(x_BD, qkv_BKAH, arrivals_BK, counters), cache
+    return Handed(x_BD, qkv_BKAH, arrivals_BK, ready_P, counters), cache
 
 
 def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.attention == "pallas_gpu_ring" and attention_ring_gpu.fits(layer, layout)
+    return kernels.attention == "pallas_gpu_hopper" and attention_ring_gpu.fits(layer, layout)
+
+
+def _stream_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
+    return kernels.attention == "pallas_gpu_hopper" and attention_stream_gpu.fits(layer, layout)
 
 
 def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
@@ -253,12 +264,12 @@ def _by_kernel(
     arrivals_BK: jax.Array,
 ) -> tuple[jax.Array, LayerCache, jax.Array]:
     """Returns what `attention_xla.attend` does, by the kernel, and `arrivals_BK`."""
-    slots, now = layout.slots(layer), clock.after_a_step()
-    slot_B = clock.length_B if layer.kind == "full" else jnp.broadcast_to(clock.steps % slots, clock.length_B.shape)
-    if layer.rope_theta is not None and not layer.has_linear:
-        rotation = attention_gpu.Rotation(*rope_angles(clock.length_B, layer.head_dim, layer.rope_theta))
+    now = clock.after_a_step()
+    if not layer.has_linear:
+        angles = _new_angles(layer, clock)
+        rotation = attention_gpu.Rotation(*angles) if angles else None
     plan = attention_gpu.Plan(
-        window=layout.capacity if layer.kind == "full" else layout.kept_window(layer),
+        window=_window(layer, layout),
         epsilon=layer.norm_epsilon,
         normed_features=layer.feature_map_after_qk_norm,
         interpret=interpret,
@@ -268,7 +279,7 @@ def _by_kernel(
         qkv_BKAH,
         cache["k_BKSH"],
         cache["v_BKSH"],
-        slot_B,
+        _new_slots(layer, layout, clock),
         now.length_B - now.start_B,
         arrivals_BK,
         scales=(weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
@@ -278,6 +289,47 @@ def _by_kernel(
         branch_scales=(weights["softmax_norm_KGH"], weights["linear_norm_KGH"]) if layer.has_linear else None,
     )
     return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, arrivals_BK
+
+
+def _by_stream_kernel(
+    layer: LayerSpec,
+    layout: CacheLayout,
+    weights: Weights,
+    cache: LayerCache,
+    clock: Clock,
+    qkv_BKAH: jax.Array,
+    ready_P: jax.Array,
+) -> tuple[jax.Array, LayerCache, jax.Array]:
+    """Returns what `attention_xla.attend` does, by the kernel for positioned keys, and `ready_P`."""
+    now = clock.after_a_step()
+    o_BKGH, k_BKSH, v_BKSH, ready_P = attention_stream_gpu.attend(
+        attention_stream_gpu.Plan(_window(layer, layout), layer.norm_epsilon),
+        qkv_BKAH,
+        cache["k_BKSH"],
+        cache["v_BKSH"],
+        _new_slots(layer, layout, clock),
+        now.length_B - now.start_B,
+        ready_P,
+        (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
+        _new_angles(layer, clock),
+    )
+    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, ready_P
+
+
+def _window(layer: LayerSpec, layout: CacheLayout) -> int:
+    return layout.capacity if layer.kind == "full" else layout.kept_window(layer)
+
+
+def _new_slots(layer: LayerSpec, layout: CacheLayout, clock: Clock) -> jax.Array:
+    """Returns the slots of the new keys, [B]."""
+    if layer.kind == "full":
+        return clock.length_B
+    return jnp.broadcast_to(clock.steps % layout.slots(layer), clock.length_B.shape)
+
+
+def _new_angles(layer: LayerSpec, clock: Clock) -> tuple[jax.Array, jax.Array] | None:
+    """Returns sines and cosines [B, H/2] of the new tokens' positions, where they have any."""
+    return None if layer.rope_theta is None else rope_angles(clock.length_B, layer.head_dim, layer.rope_theta)
 
 
 def _by_ring_kernel(

@@ -228,7 +228,7 @@ def test_tiles_in_which_keys_wait(slots, fold_tokens):
 def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatch):
     monkeypatch.setattr(devices, "on_hopper", lambda: True)
     monkeypatch.setattr(attention_ring_gpu, "LEAST_HEADS", 6)
-    mini = miniature(fold_tokens=8, attention="pallas_gpu_ring", **MINIATURE)
+    mini = miniature(fold_tokens=8, attention="pallas_gpu_hopper", **MINIATURE)
     layer, full = mini.decoder.layers
     layout = mini.decoder.layout(3, 96)
     assert attention_ring_gpu.fits(layer, layout)
@@ -272,7 +272,7 @@ def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch):
     """Prompts of three lengths and twenty tokens, with two folds among them; the bound is `test_products`'s."""
     monkeypatch.setattr(attention_ring_gpu, "LEAST_HEADS", 6)
     tokens, found = np.random.default_rng(3).integers(0, 64, (3, 90)).astype(np.int32), []
-    for attention in ("xla", "pallas_gpu_ring"):
+    for attention in ("xla", "pallas_gpu_hopper"):
         mini = miniature(fold_tokens=8, attention=attention, **MINIATURE)
         rows = [row[:length] for row, length in zip(tokens, (70, 66, 3), strict=True)]
         _, cache = mini.chunk(mini.decoder.empty_cache(3, 96), rows, 70)

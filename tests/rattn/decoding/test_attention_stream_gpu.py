@@ -1,11 +1,14 @@
 """The kernel of positioned keys for a Hopper GPU: interpreted on the CPU, lowered, and run where there is a GPU."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rattn.decoding import attention_stream_gpu
 from rattn.decoding.attention_stream_gpu import HEAD_DIM, PAIRS, TAKERS, TILE
@@ -19,6 +22,20 @@ from tests.rattn.decoding.test_attention_gpu import (
 )
 
 H = HEAD_DIM
+# Heads that the kernel takes in both layers.
+MINIATURE = {
+    "layers": 2,
+    "width": 64,
+    "query_heads": 8,
+    "kv_heads": 2,
+    "head_dim": H,
+    "mlp_width": 64,
+    "vocab_size": 64,
+    "window": 64,
+    "pattern": ("swa", "full"),
+    "rope_pattern": (True, False),
+    "compute_dtype": "bfloat16",
+}
 
 
 def check(newest, known, slots, window, heads, group, normed, rotated, interpret=None, times=1):
@@ -159,3 +176,43 @@ def test_takers_have_places_of_their_own():
 )
 def test_on_a_gpu_by_hand(case):
     check(*case, times=3)
+
+
+def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, hopper, monkeypatch):
+    monkeypatch.setattr(attention_stream_gpu, "LEAST_HEADS", 6)
+    mini = miniature(fold_tokens=8, attention="pallas_gpu_hopper", **MINIATURE)
+    swa, full = mini.decoder.layers
+    layout = mini.decoder.layout(3, 96)
+    for layer in (swa, full):
+        assert attention_stream_gpu.fits(layer, layout)
+        assert not attention_stream_gpu.fits(layer, mini.decoder.layout(2, 96))
+        assert not attention_stream_gpu.fits(layer, mini.decoder.layout(3, 56))
+        for change in ({"head_dim": 64}, {"query_heads": 18}, {"kind": "rattention"}, {"kind": "linear"}):
+            assert not attention_stream_gpu.fits(dataclasses.replace(layer, **change), layout)
+        assert not attention_stream_gpu.fits(layer, dataclasses.replace(layout, dtype="float32"))
+    assert not attention_stream_gpu.fits(full, mini.decoder.layout(3, 97))
+    cache = mini.decoder.empty_cache(3, 96)
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2(") == 2
+
+
+def test_few_sequences_have_as_many_programs_as_divide_their_heads(hopper):
+    assert [attention_stream_gpu.programs_of(heads) for heads in (128, 256, 192, 512)] == [128, 128, 132, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # Of products.
+def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch):
+    """Prompts of three lengths and twenty tokens; the bound is `test_products`'s."""
+    monkeypatch.setattr(attention_stream_gpu, "LEAST_HEADS", 6)
+    tokens, found = np.random.default_rng(3).integers(0, 64, (3, 90)).astype(np.int32), []
+    for attention in ("xla", "pallas_gpu_hopper"):
+        mini = miniature(fold_tokens=8, attention=attention, **MINIATURE)
+        rows = [row[:length] for row, length in zip(tokens, (70, 66, 3), strict=True)]
+        _, cache = mini.chunk(mini.decoder.empty_cache(3, 96), rows, 70)
+        found.append(mini.steps(cache, tokens[:, 70:].T)[0])
+    error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
+    assert 0 < error < np.sqrt(2 * 15 * mini.model.layers) * 2.0**-8 / np.sqrt(3)
