@@ -180,10 +180,9 @@ def attention_case(model, text, args):
             own["k_BKSH"],
             own["v_BKSH"],
             own["state_BKPH"],
-            newest,
-            jnp.full(B, known, jnp.int32),
-            jnp.int32(C // 2),
-            attention_ring_gpu.angles(newest, S, G, H, layer.rope_theta),
+            attention_ring_gpu.moment(
+                newest, jnp.full(B, known, jnp.int32), jnp.int32(C // 2), S, G, H, layer.rope_theta
+            ),
             attention_ring_gpu.turns(H, layer.rope_theta, scale, jnp.bfloat16),
             (scale, scale),
             (ones, ones),
@@ -191,17 +190,16 @@ def attention_case(model, text, args):
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 
     def run_stream(own, shared):
-        rotates = layer.rope_theta is not None
+        newest_B, known_B = jnp.full(B, known - 1, jnp.int32), jnp.full(B, known, jnp.int32)
+        angles = None if layer.rope_theta is None else rope_angles(known_B, H, layer.rope_theta)
         o_BKGH, k_BKSH, v_BKSH, _ = attention_stream_gpu.attend(
-            attention_stream_gpu.Plan(S, layer.norm_epsilon),
+            attention_stream_gpu.Plan(layer.norm_epsilon),
             shared["qkv_BKAH"],
             own["k_BKSH"],
             own["v_BKSH"],
-            jnp.full(B, known - 1, jnp.int32),
-            jnp.full(B, known, jnp.int32),
+            attention_stream_gpu.moment(newest_B, known_B, S, S, K, angles),
             attention_stream_gpu.none_ready(),
             (jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
-            rope_angles(jnp.full(B, known), H, layer.rope_theta) if rotates else None,
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 

@@ -26,6 +26,7 @@ Work on tiles is in loops, not written out: instructions that run once are fetch
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +101,34 @@ def turns(head_dim: int, theta: float | None, k_scale_H: jax.Array | None, dtype
     return key_turns(*_angles(jnp.arange(TILE), head_dim, theta), k_scale_H, dtype)
 
 
-def angles(
-    newest: jax.Array, slots: int, group: int, head_dim: int, theta: float | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns sines and cosines by which queries are turned, float32 [KEY_WARPGROUPS · 2 Q + 1, H/2].
+class Moment(NamedTuple):
+    """What a call takes that follows from where the sequences stand, whatever the layer holds.
 
-    Those of each warpgroup's first tile of keys, and what lies between two of its tiles.
+    Attributes:
+      counts_B3: int32; see `moment`.
+      angles: float32 [2, KEY_WARPGROUPS · 2 Q + 1, H/2], sines and cosines by which queries are turned: those of each
+        warpgroup's first tile of keys, and what lies between two of its tiles.
+    """
+
+    counts_B3: jax.Array
+    angles: jax.Array
+
+
+def moment(
+    newest: jax.Array,
+    known_B: jax.Array,
+    unfolded: jax.Array,
+    slots: int,
+    group: int,
+    head_dim: int,
+    theta: float | None,
+) -> Moment:
+    """Makes a call's `Moment`.
 
     Args:
-      newest: int32, the slot of the newest key.
+      newest: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
+      known_B: int32, how many tokens back a sequence reaches, itself included.
+      unfolded: int32, keys that left the window since the fold.
       slots: of a ring.
       group: query heads of a key/value head.
       head_dim: H.
@@ -116,7 +136,10 @@ def angles(
     """
     first = jnp.arange(KEY_WARPGROUPS) * TILE
     ages = newest - first[:, None] + jnp.repeat(jnp.array([0, slots]), queries_of(group))[None]
-    return _angles(jnp.append(ages.reshape(-1), -KEY_WARPGROUPS * TILE), head_dim, theta)
+    ages = jnp.append(ages.reshape(-1), -KEY_WARPGROUPS * TILE)
+    # The same newest and unfolded for all: `Answers` zeroes the weights of tiles in which no keys wait once a program.
+    counts = jnp.broadcast_to(newest, known_B.shape), known_B, jnp.broadcast_to(unfolded, known_B.shape)
+    return Moment(jnp.stack(counts, axis=1), jnp.stack(_angles(ages, head_dim, theta)))
 
 
 def _angles(positions, head_dim, theta):
@@ -131,10 +154,7 @@ def attend(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     state_BKPH: jax.Array,
-    newest: jax.Array,
-    known_B: jax.Array,
-    unfolded: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
+    moment: Moment,
     turns_4TR: jax.Array,
     scales: tuple[jax.Array, jax.Array],
     branch_scales: tuple[jax.Array, jax.Array],
@@ -144,13 +164,10 @@ def attend(
     Args:
       plan: what is fixed.
       qkv_BKAH: bfloat16, as projected: a head's G queries, its key and its value; perhaps more rows than sequences.
-      k_BKSH: bfloat16, keys as projected without the new one, which takes the slot `newest`.
+      k_BKSH: bfloat16, keys as projected without the new one, which takes the newest slot.
       v_BKSH: bfloat16, values, likewise.
       state_BKPH: float32, the state.
-      newest: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
-      known_B: int32, how many tokens back a sequence reaches, itself included.
-      unfolded: int32, keys that left the window since the fold.
-      angles: of `angles`.
+      moment: of `moment`.
       turns_4TR: of `turns`.
       scales: float32 [H], of the norms of query and key; ones where there are none.
       branch_scales: float32 [K, G, H], of the norms of the softmax and the linear branch.
@@ -159,8 +176,6 @@ def attend(
     G = qkv_BKAH.shape[2] - 2
     call = Call(B, K, G, S, plan.window)
     assert call.places > 1, "A place is free when the values in the one after it are multiplied."
-    # The same newest and unfolded for all: `Answers` zeroes the weights of tiles in which no keys wait once a program.
-    counts = jnp.stack([jnp.broadcast_to(newest, (B,)), known_B, jnp.broadcast_to(unfolded, (B,))], axis=1)
     branch_scales = [jnp.pad(x, ((0, 0), (0, call.Q - G), (0, 0))) for x in branch_scales]
     kept = [jax.new_ref(x) for x in (k_BKSH, v_BKSH)]
     mesh = plgpu.Mesh(
@@ -176,12 +191,12 @@ def attend(
         compiler_params=mosaic_gpu.compiler_params(approx_math=True, **PROFILE),
         interpret=plan.interpret or False,
         name="decode_attention_ring",
-    )(qkv_BKAH, *kept, state_BKPH, counts, *angles, turns_4TR, *scales, *branch_scales)
+    )(qkv_BKAH, *kept, state_BKPH, *moment, turns_4TR, *scales, *branch_scales)
     return found[:, :, :G], *(jax.freeze(x) for x in kept)
 
 
 def _kernel(call, plan, *refs):
-    shared, names = shared_memory(call, plan.interpret), ("qkv", "k", "v", "state", "counts", "sin", "cos", "turns")
+    shared, names = shared_memory(call, plan.interpret), ("qkv", "k", "v", "state", "counts", "angles", "turns")
     names += ("q_scale", "k_scale", "softmax_scale", "linear_scale", "found")
     arrays = dict(zip(names, refs, strict=True))
 

@@ -123,8 +123,8 @@ class Keys(Warpgroup):
 
         # On their way before the queries are there.
         first = pl.ds(self.taker * rows, rows)
-        sin, cos = (plgpu.load(x.at[first], layout=layout, optimized=False) for x in (self.sin, self.cos))
-        next_sin, next_cos = (across(x.at[KEY_WARPGROUPS * rows]) for x in (self.sin, self.cos))
+        sin, cos = (plgpu.load(self.angles.at[n, first], layout=layout, optimized=False) for n in (0, 1))
+        next_sin, next_cos = (across(self.angles.at[n, KEY_WARPGROUPS * rows]) for n in (0, 1))
         scales = (
             [[across(scale.at[half]) for half in of_halves] for scale in (self.q_scale, self.k_scale)]
             if self.plan.normed

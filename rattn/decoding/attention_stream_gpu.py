@@ -21,6 +21,7 @@ Keys and dims of values are the long side of each product, queries the short one
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,34 +81,62 @@ class Plan:
     """What is fixed when a call is compiled.
 
     Attributes:
-      window: W; the capacity for a full layer.
       epsilon: of the norms of query and key.
       interpret: how to run it on a CPU, to test it, or None.
     """
 
-    window: int
     epsilon: float
     interpret: plgpu.InterpretGPUParams | None = None
+
+
+class Moment(NamedTuple):
+    """What a call takes that follows from where the sequences stand, whatever the layer holds.
+
+    Attributes:
+      spans_B4: int32, of each sequence: the new key's slot, how many tokens back it sees, itself included, the first of
+        its tiles with a visible key, and how many there are from there on, round the ring; at least one.
+      shares_P5: int32, of each program: its first head (of all sequences' in a row) and the pair of it that it begins
+        with, its last head and that pair of it before which it ends, and how many programs after it have parts of this
+        one.
+      angles_2BR: float32, sines and cosines [B, H/2] of the new tokens' positions, or None without any.
+    """
+
+    spans_B4: jax.Array
+    shares_P5: jax.Array
+    angles_2BR: jax.Array | None
+
+
+def moment(
+    newest_B: jax.Array,
+    known_B: jax.Array,
+    window: int,
+    slots: int,
+    kv_heads: int,
+    angles: tuple[jax.Array, jax.Array] | None,
+) -> Moment:
+    """Makes a call's `Moment`.
+
+    Args:
+      newest_B: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last; past the end
+        where a full layer has no room.
+      known_B: int32, how many tokens back a sequence reaches, itself included.
+      window: W; the capacity for a full layer.
+      slots: of a sequence.
+      kv_heads: K.
+      angles: float32 [B, H/2], sines and cosines of the new tokens' positions, where there are rotary positions.
+    """
+    programs = programs_of(len(newest_B) * kv_heads)
+    divided = shares(newest_B, known_B, window, slots, kv_heads, programs)
+    return Moment(*divided, None if angles is None else jnp.stack(angles))
 
 
 def shares(
     newest_B: jax.Array, known_B: jax.Array, window: int, slots: int, kv_heads: int, programs: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Divides the pairs of all heads among programs.
-
-    Returns:
-      int32 [B, 4], of each sequence: the new key's slot, how many tokens back it sees, itself included, the first of
-      its tiles with a visible key, and how many there are from there on, round the ring; at least one.
-      int32 [programs, 5], of each program: its first head (of all sequences' in a row) and the pair of it that it
-      begins with, its last head and that pair of it before which it ends, and how many programs after it have parts of
-      this one.
+    """Divides the pairs of all heads among programs; returns spans_B4 and shares_P5 of `Moment`.
 
     Args:
-      newest_B: int32, the new key's slot; past the end where a full layer has no room.
-      known_B: int32, how many tokens back a sequence reaches, itself included.
-      window: W.
-      slots: of a sequence.
-      kv_heads: K.
+      newest_B, known_B, window, slots, kv_heads: as `moment`.
       programs: how many there are.
     """
     tiles, reach = -(-slots // TILE), jnp.minimum(window, known_B)
@@ -146,11 +175,9 @@ def attend(
     qkv_BKAH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    newest_B: jax.Array,
-    known_B: jax.Array,
+    moment: Moment,
     ready_P: jax.Array,
     scales: tuple[jax.Array, jax.Array] | None = None,
-    angles: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns o_BKGH in v's dtype, the keys, the values and `ready_P`.
 
@@ -159,19 +186,18 @@ def attend(
       qkv_BKAH: bfloat16, as projected: a head's G queries, its key and its value; perhaps more rows than sequences.
       k_BKSH: bfloat16, keys without the new one, which takes its slot; what is past the end is dropped.
       v_BKSH: bfloat16, values, likewise.
-      newest_B: int32, the new key's slot; the one before it is to its left, that of slot 0 in the last.
-      known_B: int32, how many tokens back a sequence reaches, itself included.
+      moment: of `moment`.
       ready_P: int32, where programs say that a part is there; `none_ready`, also when the kernel is done.
       scales: float32 [H], of the norms of query and key, where there are any.
-      angles: float32 [B, H/2], sines and cosines of the new tokens' positions, where there are rotary positions.
     """
     B, K, S, H = k_BKSH.shape
-    call = Call(B, K, qkv_BKAH.shape[2] - 2, S, programs_of(B * K))
-    spans, of_programs = shares(newest_B, known_B, plan.window, S, K, call.programs)
+    call = Call(B, K, qkv_BKAH.shape[2] - 2, S, len(moment.shares_P5))
     kept = [jax.new_ref(x) for x in (k_BKSH, v_BKSH, ready_P)]
-    given = {"qkv": qkv_BKAH, "k": kept[0], "v": kept[1], "ready": kept[2], "spans": spans, "shares": of_programs}
+    given = {"qkv": qkv_BKAH, "k": kept[0], "v": kept[1], "ready": kept[2]}
+    given |= {"spans": moment.spans_B4, "shares": moment.shares_P5}
     given |= dict(zip(("q_scale", "k_scale"), scales or (), strict=False))
-    given |= dict(zip(("sin", "cos"), angles or (), strict=False))
+    if moment.angles_2BR is not None:
+        given["angles"] = moment.angles_2BR
     found = {
         "found": jax.ShapeDtypeStruct((B, K, call.Q, H), v_BKSH.dtype),
         "parts": jax.ShapeDtypeStruct((call.programs, H, COLUMNS), jnp.float32),
@@ -266,7 +292,7 @@ class Warpgroup:
     """One warpgroup of a program, with the arrays of device memory and what is in shared memory."""
 
     def __init__(self, call, plan, arrays, shared):
-        self.call, self.plan, self.normed, self.rotates = call, plan, "q_scale" in arrays, "sin" in arrays
+        self.call, self.plan, self.normed, self.rotates = call, plan, "q_scale" in arrays, "angles" in arrays
         for name, ref in (arrays | shared).items():
             setattr(self, name, ref)
         # Those that others wait for begin first, however many run at a time.
@@ -409,7 +435,7 @@ class Taker(Warpgroup):
                 scales = [across(getattr(self, scale).at[half]) for half in of_halves]
                 x = [rounded(y * inverse * by) for y, by in zip(x, scales, strict=True)]
             if self.rotates:
-                (first, second), sin, cos = x, across(self.sin.at[b]), across(self.cos.at[b])
+                (first, second), sin, cos = x, *(across(self.angles.at[n, b]) for n in (0, 1))
                 x = [rounded(first * cos - second * sin), rounded(second * cos + first * sin)]
             return x
 

@@ -259,7 +259,9 @@ class Decoder:
             cache,
         )
         rotations = step.ring_rotations(self.layers, cache.layout, self._kernels, weights)
-        return step.step(self.layers, self.model, self._kernels, rotations, weights, cache, tokens_B)
+        moments = step.moments(self.layers, cache.layout, self._kernels, cache.clock, 1)
+        moments = jax.tree.map(lambda x: x[0], moments)
+        return step.step(self.layers, self.model, self._kernels, rotations, moments, weights, cache, tokens_B)
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

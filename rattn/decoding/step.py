@@ -92,11 +92,42 @@ def ring_rotations(
     return tuple(of(layer, w) for layer, w in zip(layers, weights["layers"], strict=True))
 
 
+Moment = attention_ring_gpu.Moment | attention_stream_gpu.Moment
+
+
+def moments(
+    layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, clock: Clock, steps: int
+) -> dict[int, Moment | None]:
+    """Returns what kernels for a Hopper take that follows from the clock, for this step and those after it: [steps, …].
+
+    For the first layer of each sort, by its number. Made before a loop of steps: XLA would make it in each of them, in
+    kernels of which many take longer to begin than to run.
+    """
+
+    def of(layer: LayerSpec, ahead: jax.Array) -> Moment | None:
+        at = dataclasses.replace(
+            clock, length_B=clock.length_B + ahead, steps=clock.steps + ahead, unfolded=clock.unfolded + ahead
+        )
+        slots, now = layout.slots(layer), at.after_a_step()
+        known_B = now.length_B - now.start_B
+        if _ring_attends(kernels, layer, layout):
+            heads = layer.group, layer.head_dim, layer.rope_theta
+            return attention_ring_gpu.moment(at.steps % slots, known_B, now.unfolded, slots, *heads)
+        if _stream_attends(kernels, layer, layout):
+            new_B, angles = _new_slots(layer, layout, at), _new_angles(layer, at)
+            return attention_stream_gpu.moment(new_B, known_B, _window(layer, layout), slots, layer.kv_heads, angles)
+        return None
+
+    sorts = dict.fromkeys(layers)
+    return {layers.index(layer): jax.vmap(functools.partial(of, layer))(jnp.arange(steps)) for layer in sorts}
+
+
 def step(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
     kernels: Kernels,
     rotations: tuple[attention_gpu.Rotation | jax.Array | None, ...],
+    moments: dict[int, Moment | None],
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
@@ -110,6 +141,7 @@ def step(
       model: `config.model`.
       kernels: what they run.
       rotations: of `ring_rotations`.
+      moments: of `moments`, of this step.
       weights: the model's.
       cache: with the tokens before.
       tokens_B: each sequence's next token.
@@ -131,8 +163,9 @@ def step(
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
         following = projection_weights(per_layer[number + 1]) if number + 1 < len(layers) else None
+        position = rotation, moments[layers.index(layer)]
         handed, layer_cache = _layer_step(
-            layer, cache.layout, kernels, rotation, per_layer[number], following, layer_cache, cache.clock, handed
+            layer, cache.layout, kernels, position, per_layer[number], following, layer_cache, cache.clock, handed
         )
         kept.append(layer_cache)
     x_BD = handed.x_BD[:B]
@@ -172,16 +205,20 @@ def sampled_steps(
     states = [{name: x for name, x in kept.items() if name == "state_BKPH"} for kept in cache.layers]
     rotations = ring_rotations(layers, cache.layout, kernels, weights)
 
-    def body(carry: tuple, index: jax.Array) -> tuple[tuple, jax.Array]:
-        rings, clock, tokens_B = carry
+    def body(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
+        (rings, clock, tokens_B), (index, moments_now) = carry, now
+        moments_now = jax.lax.optimization_barrier(moments_now)
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-        logits_BV, after = step(layers, model, kernels, rotations, weights, Cache(whole, clock, cache.layout), tokens_B)
+        logits_BV, after = step(
+            layers, model, kernels, rotations, moments_now, weights, Cache(whole, clock, cache.layout), tokens_B
+        )
         tokens_B = sample(logits_BV, keys_B, first + index, sampling)
         return (_rings(after), after.clock, tokens_B), tokens_B
 
     start = (_rings(cache), cache.clock, tokens_B)
-    (rings, clock, _), out_SB = jax.lax.scan(body, start, jnp.arange(steps, dtype=jnp.int32))
+    each = jnp.arange(steps, dtype=jnp.int32), moments(layers, cache.layout, kernels, cache.clock, steps)
+    (rings, clock, _), out_SB = jax.lax.scan(body, start, each)
     whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
     return jnp.swapaxes(out_SB, 0, 1), folded(layers, weights["layers"], Cache(whole, clock, cache.layout))
 
@@ -197,7 +234,7 @@ def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
     kernels: Kernels,
-    rotation: attention_gpu.Rotation | jax.Array | None,
+    position: tuple[attention_gpu.Rotation | jax.Array | None, Moment | None],
     weights: Weights,
     following: Weights | None,
     cache: LayerCache,
@@ -209,10 +246,11 @@ def _layer_step(
     `following` are that layer's weights for them; `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, ready_P, counters = handed
+    rotation, moment = position
     if _ring_attends(kernels, layer, layout):
-        o_BE, cache = _by_ring_kernel(layer, layout, rotation, weights, cache, clock, qkv_BKAH)
+        o_BE, cache = _by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH)
     elif _stream_attends(kernels, layer, layout):
-        o_BE, cache, ready_P = _by_stream_kernel(layer, layout, weights, cache, clock, qkv_BKAH, ready_P)
+        o_BE, cache, ready_P = _by_stream_kernel(layer, moment, weights, cache, qkv_BKAH, ready_P)
     elif _kernel_attends(kernels, layer, x_BD.dtype):
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
@@ -293,25 +331,21 @@ def _by_kernel(
 
 def _by_stream_kernel(
     layer: LayerSpec,
-    layout: CacheLayout,
+    moment: attention_stream_gpu.Moment,
     weights: Weights,
     cache: LayerCache,
-    clock: Clock,
     qkv_BKAH: jax.Array,
     ready_P: jax.Array,
 ) -> tuple[jax.Array, LayerCache, jax.Array]:
     """Returns what `attention_xla.attend` does, by the kernel for positioned keys, and `ready_P`."""
-    now = clock.after_a_step()
     o_BKGH, k_BKSH, v_BKSH, ready_P = attention_stream_gpu.attend(
-        attention_stream_gpu.Plan(_window(layer, layout), layer.norm_epsilon),
+        attention_stream_gpu.Plan(layer.norm_epsilon),
         qkv_BKAH,
         cache["k_BKSH"],
         cache["v_BKSH"],
-        _new_slots(layer, layout, clock),
-        now.length_B - now.start_B,
+        moment,
         ready_P,
         (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
-        _new_angles(layer, clock),
     )
     return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, ready_P
 
@@ -336,24 +370,20 @@ def _by_ring_kernel(
     layer: LayerSpec,
     layout: CacheLayout,
     turns_4TR: jax.Array,
+    moment: attention_ring_gpu.Moment,
     weights: Weights,
     cache: LayerCache,
-    clock: Clock,
     qkv_BKAH: jax.Array,
 ) -> tuple[jax.Array, LayerCache]:
     """Returns what `attention_xla.attend` does, by the kernel for rings."""
-    slots, now = layout.slots(layer), clock.after_a_step()
-    newest, ones = clock.steps % slots, jnp.ones(layer.head_dim, jnp.float32)
+    ones = jnp.ones(layer.head_dim, jnp.float32)
     o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
         attention_ring_gpu.Plan(layout.kept_window(layer), layer.norm_epsilon, layer.qk_norm),
         qkv_BKAH,
         cache["k_BKSH"],
         cache["v_BKSH"],
         cache["state_BKPH"],
-        newest,
-        now.length_B - now.start_B,
-        now.unfolded,
-        attention_ring_gpu.angles(newest, slots, layer.group, layer.head_dim, layer.rope_theta),
+        moment,
         turns_4TR,
         (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else (ones, ones),
         (weights["softmax_norm_KGH"], weights["linear_norm_KGH"]),

@@ -147,11 +147,9 @@ def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, nor
 
     @jax.jit
     def attend(qkv, k, v, state, newest, known, unfolded, scales, branch_scales):
-        angles = attention_ring_gpu.angles(newest, slots, group, H, theta)
+        moment = attention_ring_gpu.moment(newest, known, unfolded, slots, group, H, theta)
         turns = attention_ring_gpu.turns(H, theta, scales[1] if normed else None, jnp.bfloat16)
-        return attention_ring_gpu.attend(
-            plan, qkv, k, v, state, newest, known, unfolded, angles, turns, scales, branch_scales
-        )
+        return attention_ring_gpu.attend(plan, qkv, k, v, state, moment, turns, scales, branch_scales)
 
     given = qkv, k, v, state, np.int32(newest), known, np.int32(unfolded), scales
     zeros = np.zeros_like(branch_scales[0])

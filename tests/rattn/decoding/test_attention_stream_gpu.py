@@ -50,11 +50,12 @@ def check(newest, known, slots, window, heads, group, normed, rotated, interpret
     qkv, k, v = draw(batch, heads, group + 2, H), draw(batch, heads, slots, H), draw(batch, heads, slots, H)
     scales = tuple(random.uniform(0.5, 1.5, H).astype(np.float32) for _ in range(2)) if normed else None
     angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
-    plan = attention_stream_gpu.Plan(window, EPSILON, interpret)
+    plan = attention_stream_gpu.Plan(EPSILON, interpret)
 
     @jax.jit
     def attend(qkv, k, v, newest, known, ready):
-        return attention_stream_gpu.attend(plan, qkv, k, v, newest, known, ready, scales, angles)
+        moment = attention_stream_gpu.moment(newest, known, window, slots, heads, angles)
+        return attention_stream_gpu.attend(plan, qkv, k, v, moment, ready, scales)
 
     q = positioned(qkv[:, :, :group], scales and scales[0], angles)
     new_k = positioned(qkv[:, :, group : group + 1], scales and scales[1], angles)
@@ -170,7 +171,7 @@ def test_takers_have_places_of_their_own():
         ((2047,) * 32, (2048,) * 32, 2048, 2048, 4, 4, True, True),  # a head a program
         ((2047,) * 33, (2048,) * 33, 2048, 2048, 4, 4, False, True),  # parts of two heads a program
         ((4000, 0, 700), (4001, 1, 600), 4096, 4096, 2, 8, True, False),  # many programs a head
-        ((10, 519, 511, 500) * 40, (5000, 600, 512, 3) * 40, 512, 520, 4, 5, True, True),  # rings, several heads
+        ((10, 519, 511, 500) * 40, (5000, 600, 512, 3) * 40, 520, 512, 4, 5, True, True),  # rings, several heads
         ((20,), (21,), 64, 64, 1, 1, False, False),
     ],
 )
