@@ -391,7 +391,7 @@ if __name__ == "__main__":
         "auto",
         "xla, pallas_gpu (for one GPU), pallas_gpu_hopper (more kernels for one Hopper GPU) or auto.",
     )
-    flags.DEFINE_string("products", "auto", "xla, pallas_gpu or pallas_gpu_persistent (for one Hopper GPU) or auto.")
+    flags.DEFINE_string("products", "auto", "xla, pallas_gpu or pallas_gpu_hopper (for one Hopper GPU) or auto.")
     flags.DEFINE_integer("data_devices", 1, "Devices that prompts are spread over.")
     flags.DEFINE_integer("model_devices", 1, "Devices that heads are spread over.")
     flags.DEFINE_bool("report", False, "Print what the cache takes, and generate nothing.")

@@ -20,9 +20,7 @@ from rattn.sharding import Sharding
 
 Tree = Any
 ATTENTIONS = ("auto", "xla", "pallas_gpu", "pallas_gpu_hopper")
-PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_persistent")
-# What runs on a Hopper GPU alone.
-HOPPER = ("pallas_gpu_hopper", "pallas_gpu_persistent")
+PRODUCTS = ("auto", "xla", "pallas_gpu", "pallas_gpu_hopper")
 
 
 class Decoder:
@@ -58,9 +56,9 @@ class Decoder:
             "pallas_gpu_hopper" on one Hopper GPU, "pallas_gpu" on another and "xla" elsewhere.
           products: of a step with its weights: "xla", or on one device, for models that it fits, "pallas_gpu"
             (`rattn.decoding.products_gpu` for up to 64 sequences and "xla" for more), or on a Hopper GPU, for models
-            that both fit, "pallas_gpu_persistent" (`products_persistent_gpu` for 33 to 128 sequences, with a
+            that both fit, "pallas_gpu_hopper" (`products_persistent_gpu` for 33 to 128 sequences, with a
             multiprocessor for each of its programs, which wait for each other; "pallas_gpu" for fewer and "xla" for
-            more). A model that one does not fit gets the one before. "auto" takes "pallas_gpu_persistent" on one Hopper
+            more). A model that one does not fit gets the one before. "auto" takes "pallas_gpu_hopper" on one Hopper
             GPU with so many multiprocessors, "pallas_gpu" on another and "xla" elsewhere.
 
         Raises:
@@ -88,7 +86,7 @@ class Decoder:
         if attention == "auto":
             attention = "pallas_gpu_hopper" if one_hopper else "pallas_gpu" if one_gpu else "xla"
         for name, value in (("attention", attention), ("products", products)):
-            if value in HOPPER and not devices.on_hopper():
+            if value == "pallas_gpu_hopper" and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
         self.attention, self.products = attention, _products_taken(products, model, one_hopper)
         self._kernels = step.Kernels(self.attention, self.products, interpret=platform == "cpu")
@@ -285,11 +283,11 @@ def _products_taken(asked: str, model: ConfigDict, one_hopper: bool) -> str:
     fitting = jnp.dtype(model.compute_dtype), layers.product_shapes(model)
     taken = asked
     if asked == "auto":
-        taken = "xla" if not one_hopper else "pallas_gpu" if there < programs else "pallas_gpu_persistent"
-    if taken == "pallas_gpu_persistent" and not products_persistent_plan.fits(*fitting):
+        taken = "xla" if not one_hopper else "pallas_gpu" if there < programs else "pallas_gpu_hopper"
+    if taken == "pallas_gpu_hopper" and not products_persistent_plan.fits(*fitting):
         taken = "pallas_gpu"
     if taken != "xla" and not products_gpu.fits(*fitting):
         taken = "xla"
-    if taken == "pallas_gpu_persistent" and there < programs:
+    if taken == "pallas_gpu_hopper" and there < programs:
         raise UserError(f"products={asked!r} runs on {programs} multiprocessors and there are {there}; use 'auto'.")
     return taken

@@ -65,10 +65,11 @@ class Tile:
 
 
 # For the 3B model at 32 rows on an H200 (docs/kernel_log_gpu.md, 5): programs read rows as often as there are tiles,
-# and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few.
+# and what a multiprocessor reads at most, 64 bytes a cycle, is the limit where they are few. All reads of "out" are on
+# the way at once.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
-    "out": Tile(columns=16, depth=64),
+    "out": Tile(columns=16, depth=128),
     "gate_up": Tile(columns=64, depth=128, held=2),
     "down": Tile(columns=16, depth=128),
 }

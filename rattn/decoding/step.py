@@ -35,9 +35,9 @@ class Kernels:
     Attributes:
       attention: "xla"; "pallas_gpu", `rattn.decoding.attention_gpu` in layers that it fits; or "pallas_gpu_hopper",
         with `attention_ring_gpu` and `attention_stream_gpu` in those that these fit.
-      products: "xla"; "pallas_gpu", `rattn.decoding.products_gpu` for up to its MOST_ROWS rows; or
-        "pallas_gpu_persistent", with `products_persistent_gpu` from LEAST_ROWS to MOST_ROWS of its plan. The weights
-        lie for both of these kernels, or for "xla".
+      products: "xla"; "pallas_gpu", `rattn.decoding.products_gpu` for up to its MOST_ROWS rows; or "pallas_gpu_hopper",
+        with `products_persistent_gpu` from LEAST_ROWS to MOST_ROWS of its plan. The weights lie for both of these
+        kernels, or for "xla".
       interpret: run Triton's kernels on a CPU, to test them.
     """
 
@@ -46,11 +46,11 @@ class Kernels:
     interpret: bool = False
 
     def products_for(self, rows: int) -> str:
-        """Returns what takes the products of so many rows."""
+        """Returns what takes the products of so many rows: "persistent", "triton" or "xla"."""
         plan = products_persistent_plan
-        if self.products == "pallas_gpu_persistent" and plan.LEAST_ROWS <= rows <= plan.MOST_ROWS:
-            return "pallas_gpu_persistent"
-        return "pallas_gpu" if self.products != "xla" and rows <= products_gpu.MOST_ROWS else "xla"
+        if self.products == "pallas_gpu_hopper" and plan.LEAST_ROWS <= rows <= plan.MOST_ROWS:
+            return "persistent"
+        return "triton" if self.products != "xla" and rows <= products_gpu.MOST_ROWS else "xla"
 
 
 class Handed(NamedTuple):
@@ -147,25 +147,24 @@ def step(
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
-    kernels = dataclasses.replace(kernels, products=kernels.products_for(B))
-    persistent = kernels.products == "pallas_gpu_persistent"
+    products = kernels.products_for(B)
     streams = any(_stream_attends(kernels, layer, cache.layout) for layer in layers)
-    if persistent:
+    if products == "persistent":
         x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
         x_BD=x_BD,
-        qkv_BKAH=project(layers[0], per_layer[0], x_BD),
+        qkv_BKAH=_first_projections(layers[0], kernels, products, per_layer[0], x_BD),
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((B, model.kv_heads), jnp.int32),
         ready_P=attention_stream_gpu.none_ready() if streams else None,
-        counters=products_persistent_gpu.zero_counters() if persistent else None,
+        counters=products_persistent_gpu.zero_counters() if products == "persistent" else None,
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
         following = projection_weights(per_layer[number + 1]) if number + 1 < len(layers) else None
-        position = rotation, moments[layers.index(layer)]
+        how, position = (layer, cache.layout, kernels, products), (rotation, moments[layers.index(layer)])
         handed, layer_cache = _layer_step(
-            layer, cache.layout, kernels, position, per_layer[number], following, layer_cache, cache.clock, handed
+            *how, position, per_layer[number], following, layer_cache, cache.clock, handed
         )
         kept.append(layer_cache)
     x_BD = handed.x_BD[:B]
@@ -207,6 +206,7 @@ def sampled_steps(
 
     def body(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
         (rings, clock, tokens_B), (index, moments_now) = carry, now
+        # XLA would make their slices part of the kernels' calls, each of them anew.
         moments_now = jax.lax.optimization_barrier(moments_now)
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
@@ -228,12 +228,26 @@ def _rings(cache: Cache) -> tuple[LayerCache, ...]:
     return tuple({name: x for name, x in layer.items() if name != "state_BKPH"} for layer in cache.layers)
 
 
+def _first_projections(
+    layer: LayerSpec, kernels: Kernels, products: str, weights: Weights, x_BD: jax.Array
+) -> jax.Array:
+    """Returns qkv_BKAH of the first layer, in front of which no other's products stand."""
+    if products != "triton":
+        return project(layer, weights, x_BD)
+    squares_1B = jnp.sum(jnp.square(x_BD.astype(jnp.float32)), axis=1)[None]
+    qkv_KAHD = weights["qkv_KAHD"]
+    qkv_ND = qkv_KAHD.reshape(-1, x_BD.shape[1])
+    qkv_BN = products_gpu.project(x_BD, squares_1B, qkv_ND, layer.norm_epsilon, interpret=kernels.interpret)
+    return qkv_BN.reshape(-1, *qkv_KAHD.shape[:-1])
+
+
 # Traced once for each kind of layer; XLA inlines it.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
     kernels: Kernels,
+    products: str,
     position: tuple[attention_gpu.Rotation | jax.Array | None, Moment | None],
     weights: Weights,
     following: Weights | None,
@@ -257,7 +271,7 @@ def _layer_step(
         )
     else:
         o_BE, cache = attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: clock.length_B.shape[0]])
-    if kernels.products == "xla":
+    if products == "xla":
         x_BD = finish(layer, weights, x_BD, o_BE)
         qkv_BKAH = project(layer, following, x_BD) if following else None
         return Handed(x_BD, qkv_BKAH, arrivals_BK, ready_P, counters), cache
@@ -265,7 +279,7 @@ def _layer_step(
     if following:
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
     how = {"epsilon": layer.norm_epsilon, "activation": ACTIVATIONS[layer.activation]}
-    if kernels.products == "pallas_gpu_persistent":
+    if products == "persistent":
         x_BD, qkv_BN, counters = products_persistent_gpu.run(o_BE, x_BD, given, counters, **how)
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.interpret, **how)

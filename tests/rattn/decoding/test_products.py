@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 # Several tiles of each product, and several reads of each piece of a sum.
 D, E, N, F, EPSILON = 256, 512, 96, 1024, 1e-6
-MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 256, "mlp_width": 512} | TWO_MIXERS
+MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 128, "width": 256, "mlp_width": 512} | TWO_MIXERS
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -199,8 +199,8 @@ def test_wrong_choices_are_refused(miniature):
     decoder = type(mini.decoder)
     with pytest.raises(UserError, match="products is 'pallas'"):
         decoder(mini.model, on_devices(1, 1), products="pallas")
-    with pytest.raises(UserError, match="products='pallas_gpu_persistent' runs on a Hopper GPU and there is none"):
-        decoder(mini.model, on_devices(1, 1), products="pallas_gpu_persistent")
+    with pytest.raises(UserError, match="products='pallas_gpu_hopper' runs on a Hopper GPU and there is none"):
+        decoder(mini.model, on_devices(1, 1), products="pallas_gpu_hopper")
     with pytest.raises(UserError, match="products='pallas_gpu' runs on one device and there are 2"):
         decoder(mini.model, on_devices(2, 1), products="pallas_gpu")
 

@@ -251,14 +251,14 @@ def test_fewer_multiprocessors_than_programs_are_an_error(miniature, hopper, mon
     """Programs wait for each other, so all of them have to run at once."""
     monkeypatch.setattr(devices, "multiprocessors", lambda: 114)
     with pytest.raises(UserError, match="runs on 128 multiprocessors and there are 114; use 'auto'"):
-        miniature(fold_tokens=2, products="pallas_gpu_persistent", **MINIATURE)
+        miniature(fold_tokens=2, products="pallas_gpu_hopper", **MINIATURE)
 
 
 @pytest.mark.parametrize(
     ("products_by", "wanted"),
     [
         ("pallas_gpu", {32: "pallas_gpu", 64: "pallas_gpu", 65: "xla"}),
-        ("pallas_gpu_persistent", {32: "pallas_gpu", 33: "persistent", 128: "persistent", 129: "xla"}),
+        ("pallas_gpu_hopper", {32: "pallas_gpu", 33: "persistent", 128: "persistent", 129: "xla"}),
     ],
 )
 def test_rows_choose_the_kernels(miniature, hopper, monkeypatch, products_by, wanted):
@@ -269,24 +269,24 @@ def test_rows_choose_the_kernels(miniature, hopper, monkeypatch, products_by, wa
     for rows, form in wanted.items():
         cache = mini.decoder.empty_cache(rows, 24)
         step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(rows, np.int32))
-        # One for each of two layers, of which the last has none after it; four, and three.
+        # One for each of two layers; the first one's projections and then four, and three, for no layer follows.
         found = [str(step.jaxpr).count(name) for name in ("name=decode_products", "name=decode_product_")]
-        assert found == {"xla": [0, 0], "pallas_gpu": [0, 7], "persistent": [2, 0]}[form]
+        assert found == {"xla": [0, 0], "pallas_gpu": [0, 8], "persistent": [2, 0]}[form]
     assert padded == [rows for rows, form in wanted.items() if form == "persistent"]
 
 
 @pytest.mark.parametrize(
     ("asked", "changes", "multiprocessors", "taken"),
     [
-        ("auto", {}, 132, "pallas_gpu_persistent"),
+        ("auto", {}, 132, "pallas_gpu_hopper"),
         ("auto", {}, 127, "pallas_gpu"),
         ("auto", {"width": 512}, 132, "pallas_gpu"),
         ("auto", {"compute_dtype": "float32"}, 132, "xla"),
         ("pallas_gpu", {}, 132, "pallas_gpu"),
-        ("pallas_gpu_persistent", {}, 128, "pallas_gpu_persistent"),
-        ("pallas_gpu_persistent", {"width": 512}, 127, "pallas_gpu"),
+        ("pallas_gpu_hopper", {}, 128, "pallas_gpu_hopper"),
+        ("pallas_gpu_hopper", {"width": 512}, 127, "pallas_gpu"),
         # 528 columns of qkv, pairs of tiles for the one kernel but no whole tiles for the others.
-        ("pallas_gpu_persistent", {"query_heads": 64, "kv_heads": 1, "head_dim": 8}, 132, "xla"),
+        ("pallas_gpu_hopper", {"query_heads": 64, "kv_heads": 1, "head_dim": 8}, 132, "xla"),
     ],
 )
 def test_what_is_taken(miniature, hopper, monkeypatch, asked, changes, multiprocessors, taken):
@@ -348,5 +348,5 @@ def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch, attention)
     traced, run = [], products_persistent_gpu.run
     monkeypatch.setattr(products_persistent_gpu, "run", lambda *x, **how: traced.append(x) or run(*x, **how))
     monkeypatch.setattr(products_persistent_plan, "LEAST_ROWS", 1)
-    check_model(miniature, MINIATURE, (attention, "xla"), (attention, "pallas_gpu_persistent"))
+    check_model(miniature, MINIATURE, (attention, "xla"), (attention, "pallas_gpu_hopper"))
     assert traced
