@@ -148,6 +148,8 @@ def _angles(positions, head_dim, theta):
     return rope_angles(positions, head_dim, theta)
 
 
+# Lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames="plan")
 def attend(
     plan: Plan,
     qkv_BKAH: jax.Array,

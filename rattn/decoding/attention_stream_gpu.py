@@ -170,6 +170,8 @@ def shares(
     return spans, jnp.stack([first_head, first_pair, last_head, last_pair + 1, sharers], axis=1)
 
 
+# Lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames="plan")
 def attend(
     plan: Plan,
     qkv_BKAH: jax.Array,
