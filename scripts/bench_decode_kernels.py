@@ -35,6 +35,7 @@ from rattn.decoding import (
     attention_ring_gpu,
     attention_ring_gpu_plan,
     attention_stream_gpu,
+    attention_stream_gpu_plan,
     mosaic_gpu,
     products_gpu,
     products_persistent_gpu,
@@ -197,7 +198,7 @@ def attention_case(model, text, args):
             shared["qkv_BKAH"],
             own["k_BKSH"],
             own["v_BKSH"],
-            attention_stream_gpu.moment(newest_B, known_B, S, S, K, angles),
+            attention_stream_gpu_plan.moment(newest_B, known_B, S, S, K, angles),
             attention_stream_gpu.none_ready(),
             (jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
         )

@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, halves, rounded, spread
+from rattn.decoding.attention_ring_gpu_warpgroup import Warpgroup
+from rattn.decoding.mosaic_gpu import WGMMA, halves, rounded, spread
 from rattn.decoding.triton_gpu import LOG2_E
 
 

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_gpu_program import LEAST
 from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, TILE
-from rattn.decoding.attention_ring_gpu_warpgroup import WGMMA, Warpgroup, halves, rounded, spread
+from rattn.decoding.attention_ring_gpu_warpgroup import Warpgroup
+from rattn.decoding.mosaic_gpu import WGMMA, halves, rounded, spread
 from rattn.decoding.triton_gpu import LOG2_E
 
 COLUMNS_OF_WGMMA = WGMMA.reduce(0)

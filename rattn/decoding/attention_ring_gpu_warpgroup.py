@@ -11,8 +11,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
 from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE, Call
 
-WGMMA = plgpu.Layout.WGMMA
-
 
 def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
     """Types of a program's shared memory, by the names of `Warpgroup`.
@@ -214,18 +212,3 @@ class Copies(Warpgroup):
                 self.new.at[slot, pl.ds(first, count)],
                 self.new_full.at[slot],
             )
-
-
-def halves(ref) -> list[Any]:
-    """Returns both halves of rows [rows, HEAD_DIM]."""
-    return [ref.at[:, pl.ds(m * HALF, HALF)] for m in (0, 1)]
-
-
-def spread(x: jax.Array, layout: Any, shape: tuple[int, int], dim: int) -> jax.Array:
-    """Repeats x, a number for every index of `dim`, over the other dim of `shape`."""
-    return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
-
-
-def rounded(x: jax.Array) -> jax.Array:
-    """Rounds float32 numbers to bfloat16."""
-    return x.astype(jnp.bfloat16).astype(jnp.float32)

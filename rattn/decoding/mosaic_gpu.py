@@ -8,6 +8,7 @@ And what those kernels have in common: how many rows they multiply, what the com
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm
@@ -21,7 +22,8 @@ WARPGROUP, CHUNK = 128, 16
 LINE = 64
 # Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take.
 GROUP_ROWS = 64
-# How tiles lie that matrix products read.
+# How sums of products lie, and tiles that they read.
+WGMMA = plgpu.Layout.WGMMA
 TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
 
 
@@ -49,6 +51,22 @@ def rows_layout(rows, columns):
         fragmented_array.Tiling(tiles), warp_dims=(-6,), lane_dims=(-4, -3), vector_dim=-1, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def halves(ref):
+    """Returns both halves of rows [rows, H]."""
+    half = ref.shape[1] // 2
+    return [ref.at[:, pl.ds(m * half, half)] for m in (0, 1)]
+
+
+def spread(x, layout, shape, dim):
+    """Repeats x, a number for every index of `dim`, over the other dim of `shape`."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, [dim]), layout)
+
+
+def rounded(x):
+    """Rounds float32 numbers to bfloat16."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
 def store_of_warps(kind, x, place, interpret):

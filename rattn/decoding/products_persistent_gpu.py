@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
 from rattn.decoding.layers import GATE_COLUMNS
-from rattn.decoding.mosaic_gpu import GROUP_ROWS
+from rattn.decoding.mosaic_gpu import GROUP_ROWS, WGMMA
 from rattn.decoding.products_persistent_plan import PAIRS, PRODUCTS, PROGRAMS, SIDES, Plan
 
 # Of `counters`: one for each product, a line of the cache apart.
@@ -45,8 +45,6 @@ FIRST_MULTIPLIER = 2
 # Registers of a thread that copies weights, that copies rows, that multiplies. All begin with 168, or with 128 where
 # there are four warpgroups, which have 512 together.
 REGISTERS = 40, 24, 224
-
-LAYOUT = plgpu.Layout.WGMMA
 
 
 def zero_counters() -> tuple[jax.Array, jax.Array]:
@@ -267,7 +265,7 @@ class _Program:
         """Adds a product to the program's part of the residual stream, rounds it and leaves its squares."""
         product, kept = self.products[name], self.plan.kept
         # On the way while the product is multiplied.
-        x = plgpu.load(residual.at[self.group_rows, self.columns], layout=LAYOUT, optimized=False)
+        x = plgpu.load(residual.at[self.group_rows, self.columns], layout=WGMMA, optimized=False)
         sums, self.slots = self.multiply(product, self.slots)
         halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (GROUP_ROWS, kept))
         mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
@@ -276,7 +274,7 @@ class _Program:
             theirs, half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
         )
         plgpu.barrier_wait(self.half_full)
-        y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=LAYOUT, optimized=False))
+        y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=WGMMA, optimized=False))
         y = y.astype(jnp.bfloat16)
         self.found[wanted].at[self.group_rows, self.columns][...] = y
         wide = y.astype(jnp.float32)
@@ -286,7 +284,7 @@ class _Program:
         """Writes the program's tiles of "gate_up" or "qkv"."""
         product, plan = self.products[name], self.plan
         # While the rows are on their way.
-        squares = plgpu.load(self.found["squares"].at[which, self.group_rows], layout=LAYOUT, optimized=False)
+        squares = plgpu.load(self.found["squares"].at[which, self.group_rows], layout=WGMMA, optimized=False)
         inverse = jax.lax.rsqrt(squares.sum(axis=1) / plan.width + plan.epsilon)
 
         def tile(i, slots):

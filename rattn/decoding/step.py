@@ -16,6 +16,7 @@ from rattn.decoding import (
     attention_gpu,
     attention_ring_gpu,
     attention_stream_gpu,
+    attention_stream_gpu_plan,
     attention_xla,
     mosaic_gpu,
     products_gpu,
@@ -92,7 +93,7 @@ def ring_rotations(
     return tuple(of(layer, w) for layer, w in zip(layers, weights["layers"], strict=True))
 
 
-Moment = attention_ring_gpu.Moment | attention_stream_gpu.Moment
+Moment = attention_ring_gpu.Moment | attention_stream_gpu_plan.Moment
 
 
 def moments(
@@ -115,7 +116,9 @@ def moments(
             return attention_ring_gpu.moment(at.steps % slots, known_B, now.unfolded, slots, *heads)
         if _stream_attends(kernels, layer, layout):
             new_B, angles = _new_slots(layer, layout, at), _new_angles(layer, at)
-            return attention_stream_gpu.moment(new_B, known_B, _window(layer, layout), slots, layer.kv_heads, angles)
+            return attention_stream_gpu_plan.moment(
+                new_B, known_B, _window(layer, layout), slots, layer.kv_heads, angles
+            )
         return None
 
     sorts = dict.fromkeys(layers)
@@ -345,7 +348,7 @@ def _by_kernel(
 
 def _by_stream_kernel(
     layer: LayerSpec,
-    moment: attention_stream_gpu.Moment,
+    moment: attention_stream_gpu_plan.Moment,
     weights: Weights,
     cache: LayerCache,
     qkv_BKAH: jax.Array,

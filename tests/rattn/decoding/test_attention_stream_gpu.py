@@ -10,8 +10,8 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from rattn.decoding import attention_stream_gpu
-from rattn.decoding.attention_stream_gpu import HEAD_DIM, PAIRS, TAKERS, TILE
+from rattn.decoding import attention_stream_gpu, attention_stream_gpu_plan
+from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
 from rattn.model.layers import rope_angles
 from tests.rattn.decoding.test_attention_gpu import (
     EPSILON,
@@ -54,7 +54,7 @@ def check(newest, known, slots, window, heads, group, normed, rotated, interpret
 
     @jax.jit
     def attend(qkv, k, v, newest, known, ready):
-        moment = attention_stream_gpu.moment(newest, known, window, slots, heads, angles)
+        moment = attention_stream_gpu_plan.moment(newest, known, window, slots, heads, angles)
         return attention_stream_gpu.attend(plan, qkv, k, v, moment, ready, scales)
 
     q = positioned(qkv[:, :, :group], scales and scales[0], angles)
@@ -94,7 +94,7 @@ def programs(monkeypatch):
             barrier.ref_count -= 1
 
     monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-    return lambda count: monkeypatch.setattr(attention_stream_gpu, "programs_of", lambda heads: count)
+    return lambda count: monkeypatch.setattr(attention_stream_gpu_plan, "programs_of", lambda heads: count)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,7 +128,7 @@ def test_two_programs_share_a_head(programs, case):
 def test_shares_divide_all_pairs_in_one_line(newest, known, window, slots, count):
     heads, tiles = 3, -(-slots // TILE)
     newest, known = (np.array(x, np.int32) for x in (newest, known))
-    shares = jax.jit(attention_stream_gpu.shares, static_argnums=range(2, 6))
+    shares = jax.jit(attention_stream_gpu_plan.shares, static_argnums=range(2, 6))
     spans, programs = (np.asarray(x) for x in shares(newest, known, window, slots, heads, count))
     for (at, reach, first, pairs), n, k in zip(spans, newest, known, strict=True):
         assert (at, reach) == (n, min(window, k))
@@ -201,7 +201,7 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, hopper, mo
 
 
 def test_few_sequences_have_as_many_programs_as_divide_their_heads(hopper):
-    assert [attention_stream_gpu.programs_of(heads) for heads in (128, 256, 192, 512)] == [128, 128, 132, 128]
+    assert [attention_stream_gpu_plan.programs_of(heads) for heads in (128, 256, 192, 512)] == [128, 128, 132, 128]
 
 
 @pytest.mark.gpu
