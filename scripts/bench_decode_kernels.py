@@ -194,7 +194,7 @@ def attention_case(model, text, args):
         newest_B, known_B = jnp.full(B, known - 1, jnp.int32), jnp.full(B, known, jnp.int32)
         angles = None if layer.rope_theta is None else rope_angles(known_B, H, layer.rope_theta)
         o_BKGH, k_BKSH, v_BKSH, _ = attention_stream_gpu.attend(
-            attention_stream_gpu.Plan(layer.norm_epsilon),
+            attention_stream_gpu.Plan(layer.norm_epsilon, early=True),
             shared["qkv_BKAH"],
             own["k_BKSH"],
             own["v_BKSH"],

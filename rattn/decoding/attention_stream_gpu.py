@@ -45,7 +45,8 @@ from rattn.decoding.layers import LayerSpec
 from rattn.decoding.mosaic_gpu import WGMMA, halves, rounded, spread
 from rattn.decoding.triton_gpu import LOG2_E
 
-# Key/value heads of all sequences from which it is used: with 4, which many programs share, `attention_gpu` is faster.
+# Key/value heads of all sequences from which it is used. With 4, which many programs share, `attention_gpu` is faster;
+# between them nothing has been timed.
 LEAST_HEADS = 32
 
 BY_COLUMN, BY_ROW = WGMMA.reduce(0), WGMMA.reduce(1)
@@ -77,10 +78,13 @@ class Plan:
 
     Attributes:
       epsilon: of the norms of query and key.
+      early: whether the cache and the `Moment` were written before the kernel in front began, so that they may be read
+        before it is done.
       interpret: how to run it on a CPU, to test it, or None.
     """
 
     epsilon: float
+    early: bool = False
     interpret: plgpu.InterpretGPUParams | None = None
 
 
@@ -135,6 +139,8 @@ def _kernel(call, plan, names, *refs):
     shared, arrays = call.shared(), dict(zip(names, refs, strict=True))
 
     def scoped(*shared_refs):
+        if not (plan.early or plan.interpret):
+            plgpu.griddepcontrol_wait()
         given = call, plan, arrays, dict(zip(shared, shared_refs, strict=True))
         number = jax.lax.axis_index("warpgroup")
         pl.when(number == 0)(lambda: Copies(*given).run())
@@ -172,8 +178,7 @@ class Warpgroup:
     def wait_for_kernel_before(self):
         """Waits until the kernel before this one is done, and so what it and those before it have written is there.
 
-        Only the cache and `shares` are read before: what they hold was written before the kernel in front began, for
-        products stand between two layers, and no kernel but this project's lets the next one begin.
+        Only the cache, `shares` and `spans` are read before.
         """
         if not self.plan.interpret:
             plgpu.griddepcontrol_wait()
@@ -306,7 +311,7 @@ class Taker(Warpgroup):
             for half, x in zip(halves(self.key), k, strict=True):
                 half[...] = x.astype(jnp.bfloat16)
             score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True))
-            self.score.at[0][...] = score * (HEAD_DIM**-0.5 * LOG2_E)
+            self.score[...] = score * (HEAD_DIM**-0.5 * LOG2_E)
 
     def take(self, place, visible, most, weights, o):
         """Adds a pair of tiles to the maximum [COLUMNS], the weights [TILE, COLUMNS] and the result [H, COLUMNS]."""
@@ -342,7 +347,7 @@ class Taker(Warpgroup):
         mosts = [most, *(self.column(self.most.at[n]) for n in others)]
         results = [o, *(plgpu.load(self.others.at[n], layout=WGMMA, optimized=False) for n in others)]
         totals = [sum(self.rows(self.totals.at[n])) for n in range(TAKERS)]
-        score = jnp.where(begins, self.column(self.score.at[0]), LEAST)
+        score = jnp.where(begins, self.column(self.score), LEAST)
         value = plgpu.load(self.new.at[slot, COLUMNS + 1], layout=BY_ROW, optimized=False).astype(jnp.float32)
         mosts.append(score)
         results.append(jax.lax.broadcast_in_dim(value, (HEAD_DIM, COLUMNS), [0]))
@@ -380,7 +385,7 @@ class Taker(Warpgroup):
         program = self.program + n
         self.wait_until_ready(program)
         sums = self.part_sums.at[program]
-        other, other_total = (self.column(sums.at[n]) for n in (0, 1))
+        other, other_total = (self.column(sums.at[which]) for which in (0, 1))
         part = plgpu.load(self.parts.at[program], layout=WGMMA, optimized=False)
         now = jnp.maximum(most, other)
         shrink, other_shrink = jnp.exp2(most - now), jnp.exp2(other - now)

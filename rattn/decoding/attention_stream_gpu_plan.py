@@ -15,7 +15,7 @@ HEAD_DIM, HALF = 128, 64
 TILE, PAIRS, TAKERS = 64, 6, 2
 # Columns of a product: the fewest that there can be. Those past a head's queries are nothing.
 COLUMNS = 8
-# Multiprocessors of an H100 or H200, where none can be asked; programs at least, in percent of them.
+# Programs at most, the multiprocessors of an H100 or H200; and at least, in percent of the multiprocessors.
 MULTIPROCESSORS, LEAST_PERCENT = 132, 94
 
 
@@ -74,7 +74,7 @@ def shares(
     first = jnp.minimum(newest_B - reach + 1, slots - 1)
     first_tile, last_tile = (jnp.where(slot < 0, slot + slots, slot) // TILE for slot in (first, last))
     round_the_ring = jnp.minimum(tiles - first_tile + last_tile + 1, tiles)
-    count = jnp.where((first < 0) | (last < 0), round_the_ring, last_tile - first_tile + 1)
+    count = jnp.where((first < 0) & (last >= 0), round_the_ring, last_tile - first_tile + 1)
     count = jnp.where(reach > 1, jnp.maximum(count, 1), 1)
     spans = jnp.stack([newest_B, reach, first_tile, count], axis=1)
 
@@ -101,7 +101,10 @@ def shares(
 
 
 def programs_of(heads: int) -> int:
-    """Returns how many programs there are: one a multiprocessor, or a few less, if so no head is divided."""
+    """Returns how many programs there are: one a multiprocessor, or a few less.
+
+    Less if so no head is divided where all sequences are as long.
+    """
     most = min(devices.multiprocessors() or MULTIPROCESSORS, MULTIPROCESSORS)
     few = range(most, most * LEAST_PERCENT // 100, -1)
     return next((count for count in few if heads % count == 0), most)
@@ -149,7 +152,7 @@ class Call:
             # As they are multiplied, for each taker; the key, COLUMNS times.
             "queries": plgpu.SMEM((TAKERS, COLUMNS, HEAD_DIM), jnp.bfloat16, transforms=tiled),
             "key": plgpu.SMEM((COLUMNS, HEAD_DIM), jnp.bfloat16),
-            "score": plgpu.SMEM((TAKERS, COLUMNS), jnp.float32),
+            "score": plgpu.SMEM((COLUMNS,), jnp.float32),
             # Of each warp of a taker.
             "maxima": plgpu.SMEM((TAKERS, 4, COLUMNS), jnp.float32),
             "totals": plgpu.SMEM((TAKERS, 4, COLUMNS), jnp.float32),

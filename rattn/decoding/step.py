@@ -101,8 +101,8 @@ def moments(
 ) -> dict[int, Moment | None]:
     """Returns what kernels for a Hopper take that follows from the clock, for this step and those after it: [steps, …].
 
-    For the first layer of each sort, by its number. Made before a loop of steps: XLA would make it in each of them, in
-    kernels of which many take longer to begin than to run.
+    For each sort of layer, by the number of its first one: a scan takes dictionaries whose keys can be sorted. Made
+    before a loop of steps: XLA would make it in each of them, in kernels that take longer to begin than to run.
     """
 
     def of(layer: LayerSpec, ahead: jax.Array) -> Moment | None:
@@ -165,7 +165,8 @@ def step(
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
         following = projection_weights(per_layer[number + 1]) if number + 1 < len(layers) else None
-        how, position = (layer, cache.layout, kernels, products), (rotation, moments[layers.index(layer)])
+        how = layer, cache.layout, kernels, products, number == 0 and _stream_attends(kernels, layer, cache.layout)
+        position = rotation, moments[layers.index(layer)]
         handed, layer_cache = _layer_step(
             *how, position, per_layer[number], following, layer_cache, cache.clock, handed
         )
@@ -245,12 +246,13 @@ def _first_projections(
 
 
 # Traced once for each kind of layer; XLA inlines it.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _layer_step(
     layer: LayerSpec,
     layout: CacheLayout,
     kernels: Kernels,
     products: str,
+    streams_first: bool,
     position: tuple[attention_gpu.Rotation | jax.Array | None, Moment | None],
     weights: Weights,
     following: Weights | None,
@@ -260,6 +262,9 @@ def _layer_step(
 ) -> tuple[Handed, LayerCache]:
     """One layer's part of `step`: its attention and feed-forward, and the projections of the layer after it.
 
+    `streams_first` where it is the first layer of all, behind kernels of XLA's that may write what the stream kernel
+    reads early elsewhere.
+
     `following` are that layer's weights for them; `clock` is the one before the token.
     """
     x_BD, qkv_BKAH, arrivals_BK, ready_P, counters = handed
@@ -267,7 +272,7 @@ def _layer_step(
     if _ring_attends(kernels, layer, layout):
         o_BE, cache = _by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH)
     elif _stream_attends(kernels, layer, layout):
-        o_BE, cache, ready_P = _by_stream_kernel(layer, moment, weights, cache, qkv_BKAH, ready_P)
+        o_BE, cache, ready_P = _by_stream_kernel(layer, not streams_first, moment, weights, cache, qkv_BKAH, ready_P)
     elif _kernel_attends(kernels, layer, x_BD.dtype):
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
@@ -348,6 +353,7 @@ def _by_kernel(
 
 def _by_stream_kernel(
     layer: LayerSpec,
+    early: bool,
     moment: attention_stream_gpu_plan.Moment,
     weights: Weights,
     cache: LayerCache,
@@ -356,7 +362,7 @@ def _by_stream_kernel(
 ) -> tuple[jax.Array, LayerCache, jax.Array]:
     """Returns what `attention_xla.attend` does, by the kernel for positioned keys, and `ready_P`."""
     o_BKGH, k_BKSH, v_BKSH, ready_P = attention_stream_gpu.attend(
-        attention_stream_gpu.Plan(layer.norm_epsilon),
+        attention_stream_gpu.Plan(layer.norm_epsilon, early),
         qkv_BKAH,
         cache["k_BKSH"],
         cache["v_BKSH"],

@@ -10,8 +10,9 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from rattn.decoding import attention_stream_gpu, attention_stream_gpu_plan
+from rattn.decoding import attention_ring_gpu, attention_stream_gpu, attention_stream_gpu_plan, step
 from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
+from rattn.decoding.cache import Clock
 from rattn.model.layers import rope_angles
 from tests.rattn.decoding.test_attention_gpu import (
     EPSILON,
@@ -50,7 +51,7 @@ def check(newest, known, slots, window, heads, group, normed, rotated, interpret
     qkv, k, v = draw(batch, heads, group + 2, H), draw(batch, heads, slots, H), draw(batch, heads, slots, H)
     scales = tuple(random.uniform(0.5, 1.5, H).astype(np.float32) for _ in range(2)) if normed else None
     angles = jax.jit(lambda x: rope_angles(x, H, 1e4))(known + 7) if rotated else None
-    plan = attention_stream_gpu.Plan(EPSILON, interpret)
+    plan = attention_stream_gpu.Plan(EPSILON, interpret=interpret)
 
     @jax.jit
     def attend(qkv, k, v, newest, known, ready):
@@ -122,6 +123,7 @@ def test_two_programs_share_a_head(programs, case):
         ((0, 2048, 70, 1000, 64), (1, 2049, 71, 900, 65), 2048, 2048),  # a full layer, also past the end
         ((0, 99, 40, 500, 499), (1000, 100, 3000, 77, 1), 500, 501),  # a ring
         ((3, 3, 3, 3, 3), (1000, 600, 500, 20, 4), 500, 512),
+        ((0, 0, 0, 0, 63), (5, 1, 1000, 200, 70), 500, 504),
     ],
 )
 @pytest.mark.parametrize("count", [1, 7, 132])
@@ -217,3 +219,33 @@ def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch):
         found.append(mini.steps(cache, tokens[:, 70:].T)[0])
     error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
     assert 0 < error < np.sqrt(2 * 15 * mini.model.layers) * 2.0**-8 / np.sqrt(3)
+
+
+def test_moments_of_steps_are_those_of_their_clocks(miniature, hopper, monkeypatch):
+    """Of both kernels, whose steps' moments a call makes at once."""
+    for kernel in (attention_stream_gpu, attention_ring_gpu):
+        monkeypatch.setattr(kernel, "LEAST_HEADS", 6)
+    changes = MINIATURE | {"pattern": ("rattention", "full", "swa"), "rope_pattern": (True, False, True), "layers": 3}
+    decoder = miniature(fold_tokens=8, attention="pallas_gpu_hopper", **changes).decoder
+    layout = decoder.layout(3, 96)
+
+    @jax.jit
+    def moments(ahead, steps):
+        at = Clock(
+            length_B=jnp.array([70, 3, 88]) + ahead,
+            start_B=jnp.array([0, 1, 60]),
+            segment_B=jnp.zeros(3, jnp.int32),
+            steps=jnp.int32(66) + ahead,
+            unfolded=ahead,
+        )
+        return step.moments(decoder.layers, layout, decoder._kernels, at, len(steps))
+
+    together = moments(np.int32(0), np.zeros(8))
+    assert [type(moment).__module__.rpartition(".")[2] for moment in together.values()] == [
+        "attention_ring_gpu",
+        "attention_stream_gpu_plan",
+        "attention_stream_gpu_plan",
+    ]
+    for ahead in (0, 1, 7):
+        alone = moments(np.int32(ahead), np.zeros(1))
+        jax.tree.map(lambda x, y, ahead=ahead: np.testing.assert_array_equal(x[ahead], y[0]), together, alone)
