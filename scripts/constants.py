@@ -28,7 +28,7 @@ def values_set(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
 def constants_set(text: str, package: str) -> Iterator[None]:
     """Sets the constants that `text` names, "module.NAME=value,…" below `package`; JAX traces everything anew.
 
-    One of a dictionary's is "module.NAME.key"; a dataclass of integers is written as a tiling: 32:2:3:512.
+    One of a dictionary's is "module.NAME.key"; integers of a dataclass or a tuple are written as a tiling: 32:2:3:512.
 
     Raises:
       AttributeError, KeyError, ModuleNotFoundError, ValueError: there is no such constant, key, module or value.
@@ -55,4 +55,6 @@ def _parsed(value: str, present: Any, *keys: str) -> Any:
         return {**present, key: _parsed(value, present[key], *rest)}
     if dataclasses.is_dataclass(present):
         return type(present)(*map(int, value.split(":")))
+    if isinstance(present, tuple):
+        return tuple(map(int, value.split(":")))
     return ast.literal_eval(value)
