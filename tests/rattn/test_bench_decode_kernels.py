@@ -52,7 +52,8 @@ def test_cases_lower_with_their_variants(monkeypatch):
     monkeypatch.setattr(bench_decode_kernels, "COLD_BYTES", 1)
     model = validate(load_config("configs/rattn_3b.py")).model
     args = argparse.Namespace(tilings=["64:4:2:256", "32:2:2:768:64"])
-    cases = [bench_decode_kernels.attention_case(model, text, args) for text in ("local:32", "ring:32", "full:4:256")]
+    attention = "local:32", "ring:32", "full:4:256", "stream:8:256"
+    cases = [bench_decode_kernels.attention_case(model, text, args) for text in attention]
     products = ("pallas_gpu:32", "pallas_gpu_persistent:32")
     cases += [bench_decode_kernels.products_case(model, text, rings=["80:0", "112:8"]) for text in products]
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
