@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -16,22 +15,11 @@ from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan
 from rattn.decoding.attention_ring_gpu import Plan
 from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call
 from rattn.model.layers import rms_norm, rope_angles, rotate
+from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, races
 
 H, EPSILON, THETA = HEAD_DIM, 1e-6, 1e4
 # Heads that the kernel takes in the first of two layers.
-MINIATURE = {
-    "layers": 2,
-    "width": 64,
-    "query_heads": 8,
-    "kv_heads": 2,
-    "head_dim": H,
-    "mlp_width": 64,
-    "vocab_size": 64,
-    "window": 64,
-    "pattern": ("rattention", "full"),
-    "rope_pattern": (True, False),
-    "compute_dtype": "bfloat16",
-}
+MINIATURE = WIDE_HEADS | TWO_MIXERS
 
 
 def drawn(batch, heads, group, slots):
@@ -168,17 +156,6 @@ def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, nor
         np.testing.assert_array_equal(np.asarray(after, np.float32), want.astype(np.float32))
 
 
-@pytest.fixture
-def interpreter(monkeypatch):
-    """Lets a kernel end with barriers whose last phase nobody waited for, as the hardware does."""
-
-    def deallocate(barrier):
-        with barrier.cv:
-            barrier.ref_count -= 1
-
-    monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
-
-
 @pytest.mark.parametrize(
     "case",
     [
@@ -196,10 +173,7 @@ def test_both_branches_by_hand(interpreter, monkeypatch, capsys, case):
     assert_the_rings_never_wait_for_themselves(Call(batch, heads, group, window + fold_tokens, window))
     monkeypatch.setattr(attention_ring_gpu_plan, "PROGRAMS", 1)
     check(*case, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    # The search wants a fence between what a warpgroup reads and a copy that takes its place. A barrier does, as in
-    # CUTLASS.
-    races = capsys.readouterr().out.split("RACE DETECTED")[1:]
-    assert not [race for race in races if "write of" not in race or "(Copies." not in race or "read of" not in race]
+    assert not races(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (4, 1088), (3, 1056), (8, 1088)])
@@ -267,13 +241,5 @@ def test_on_a_gpu_both_branches_by_hand(case):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # Of the layers that it does not take.
 def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch):
-    """Prompts of three lengths and twenty tokens, with two folds among them; the bound is `test_products`'s."""
     monkeypatch.setattr(attention_ring_gpu, "LEAST_HEADS", 6)
-    tokens, found = np.random.default_rng(3).integers(0, 64, (3, 90)).astype(np.int32), []
-    for attention in ("xla", "pallas_gpu_hopper"):
-        mini = miniature(fold_tokens=8, attention=attention, **MINIATURE)
-        rows = [row[:length] for row, length in zip(tokens, (70, 66, 3), strict=True)]
-        _, cache = mini.chunk(mini.decoder.empty_cache(3, 96), rows, 70)
-        found.append(mini.steps(cache, tokens[:, 70:].T)[0])
-    error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
-    assert 0 < error < np.sqrt(2 * 15 * mini.model.layers) * 2.0**-8 / np.sqrt(3)
+    check_attention(miniature, "pallas_gpu_hopper", MINIATURE)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -14,6 +13,7 @@ from rattn.decoding import attention_ring_gpu, attention_stream_gpu, attention_s
 from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
 from rattn.decoding.cache import Clock
 from rattn.model.layers import rope_angles
+from tests.rattn.decoding.conftest import WIDE_HEADS, check_attention, races
 from tests.rattn.decoding.test_attention_gpu import (
     EPSILON,
     assert_kept,
@@ -24,19 +24,7 @@ from tests.rattn.decoding.test_attention_gpu import (
 
 H = HEAD_DIM
 # Heads that the kernel takes in both layers.
-MINIATURE = {
-    "layers": 2,
-    "width": 64,
-    "query_heads": 8,
-    "kv_heads": 2,
-    "head_dim": H,
-    "mlp_width": 64,
-    "vocab_size": 64,
-    "window": 64,
-    "pattern": ("swa", "full"),
-    "rope_pattern": (True, False),
-    "compute_dtype": "bfloat16",
-}
+MINIATURE = WIDE_HEADS | {"pattern": ("swa", "full"), "rope_pattern": (True, False)}
 
 
 def check(newest, known, slots, window, heads, group, normed, rotated, interpret=None, times=1):
@@ -84,17 +72,8 @@ CASES = [
 
 
 @pytest.fixture
-def programs(monkeypatch):
-    """Returns a function that sets how many programs there are.
-
-    It also lets a kernel end with barriers whose last phase nobody waited for, as the hardware does.
-    """
-
-    def deallocate(barrier):
-        with barrier.cv:
-            barrier.ref_count -= 1
-
-    monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
+def programs(interpreter, monkeypatch):
+    """Returns a function that sets how many programs there are."""
     return lambda count: monkeypatch.setattr(attention_stream_gpu_plan, "programs_of", lambda heads: count)
 
 
@@ -103,10 +82,7 @@ def test_by_hand(programs, capsys, case):
     """One program takes all heads: each of its warpgroups is a thread of JAX's, which has eight here."""
     programs(1)
     check(*case, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    # The search wants a fence between what a warpgroup reads and a copy that takes its place. A barrier does, as in
-    # CUTLASS.
-    races = capsys.readouterr().out.split("RACE DETECTED")[1:]
-    assert not [race for race in races if "write of" not in race or "(Copies." not in race or "read of" not in race]
+    assert not races(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("case", CASES[:2])
@@ -209,16 +185,8 @@ def test_few_sequences_have_as_many_programs_as_divide_their_heads(hopper):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # Of products.
 def test_on_a_gpu_a_model_decodes_as_with_xla(miniature, monkeypatch):
-    """Prompts of three lengths and twenty tokens; the bound is `test_products`'s."""
     monkeypatch.setattr(attention_stream_gpu, "LEAST_HEADS", 6)
-    tokens, found = np.random.default_rng(3).integers(0, 64, (3, 90)).astype(np.int32), []
-    for attention in ("xla", "pallas_gpu_hopper"):
-        mini = miniature(fold_tokens=8, attention=attention, **MINIATURE)
-        rows = [row[:length] for row, length in zip(tokens, (70, 66, 3), strict=True)]
-        _, cache = mini.chunk(mini.decoder.empty_cache(3, 96), rows, 70)
-        found.append(mini.steps(cache, tokens[:, 70:].T)[0])
-    error = np.sqrt(np.mean((found[1] - found[0]) ** 2) / np.mean(found[0] ** 2))
-    assert 0 < error < np.sqrt(2 * 15 * mini.model.layers) * 2.0**-8 / np.sqrt(3)
+    check_attention(miniature, "pallas_gpu_hopper", MINIATURE)
 
 
 def test_moments_of_steps_are_those_of_their_clocks(miniature, hopper, monkeypatch):
