@@ -47,11 +47,11 @@ from rattn.decoding.attention_ring_gpu_plan import (
     OTHER_REGISTERS,
     TILE,
     Call,
-    queries_of,
 )
 from rattn.decoding.attention_ring_gpu_warpgroup import Copies, shared_memory
 from rattn.decoding.cache import CacheLayout
 from rattn.decoding.layers import LayerSpec
+from rattn.decoding.mosaic_gpu import queries_of
 from rattn.model.layers import rope_angles
 
 # Key/value heads of all sequences from which it is used: with 32 it is faster than `attention_gpu`, fewer are untimed.

@@ -151,8 +151,8 @@ class Answers(Warpgroup):
 
     def store_out(self, row, first, found):
         """Stores [dims, columns] of a result, beginning with this row and dim, as rows."""
-        place = self.out.at[pl.ds(row, found.shape[1]), pl.ds(first, found.shape[0])].transpose((1, 0))
-        place[...] = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
+        place = self.out.at[pl.ds(row, found.shape[1]), pl.ds(first, found.shape[0])]
+        mosaic_gpu.store_transposed(found, place)
 
     def finish(self, i, b, h, layout, scales):
         """Adds up, norms and adds the branches."""

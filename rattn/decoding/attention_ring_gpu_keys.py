@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
-from rattn.decoding.attention_gpu_program import LEAST
+from rattn.decoding.attention_gpu_program import LEAST, rotated
 from rattn.decoding.attention_ring_gpu_plan import FIRST_TAKER, HALF, HEAD_DIM, KEY_WARPGROUPS, TILE
 from rattn.decoding.attention_ring_gpu_warpgroup import Warpgroup
 from rattn.decoding.mosaic_gpu import WGMMA, halves, rounded, spread
@@ -117,11 +117,7 @@ class Keys(Warpgroup):
         layout, shape = mosaic_gpu.rows_layout(rows, HALF), (rows, HALF)
         of_halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
 
-        def across(ref):
-            """Loads [HALF] numbers for every row."""
-            x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-            return spread(x, layout, shape, 1)
-
+        across = functools.partial(mosaic_gpu.load_across, layout=layout, shape=shape)
         # On their way before the queries are there.
         first = pl.ds(self.taker * rows, rows)
         sin, cos = (plgpu.load(self.angles.at[n, first], layout=layout, optimized=False) for n in (0, 1))
@@ -144,16 +140,16 @@ class Keys(Warpgroup):
 
         queries = halves(self.new.at[slot, pl.ds(0, rows)])
         q = [plgpu.load(half, layout=layout, optimized=False) for half in queries]
-        a, b = q = normed([x.astype(jnp.float32) for x in q], 0)
+        q = normed([x.astype(jnp.float32) for x in q], 0)
         k = normed([across(self.new.at[slot, 2 * Q, half]) for half in of_halves], 1)
         plgpu.barrier_arrive(self.new_empty.at[slot])
 
         def of_tile(n, turned):
             for half, x in zip(halves(self.queries.at[self.tile(n)]), turned, strict=True):
                 half[...] = x.astype(jnp.bfloat16)
-            return turn(*turned, next_sin, next_cos)
+            return rotated(turned, (next_sin, next_cos))
 
-        jax.lax.fori_loop(0, self.count, of_tile, turn(a, b, sin, cos))
+        jax.lax.fori_loop(0, self.count, of_tile, rotated(q, (sin, cos)))
         score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True)) * (HEAD_DIM**-0.5 * LOG2_E)
         row = plgpu.layout_cast(jax.lax.broadcasted_iota(jnp.int32, shape, 0), layout).max(axis=1)
         self.score.at[self.taker][...] = jnp.where(row < Q, score, LEAST)
@@ -174,8 +170,3 @@ class Keys(Warpgroup):
             return self.multiply(*products)[0]
         found, squares = self.multiply(*products, ([ka * ka + kb * kb], [self.ones.at[self.taker]], columns))
         return found * jax.lax.rsqrt(squares / HEAD_DIM + self.plan.epsilon)
-
-
-def turn(a, b, sin, cos):
-    """Turns both halves of rows."""
-    return a * cos - b * sin, b * cos + a * sin

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rattn.decoding.mosaic_gpu import queries_of
+
 # Slots of a tile; bytes of one.
 TILE, TILE_BYTES = 64, 16 * 1024
 HEAD_DIM = 128
@@ -22,11 +24,6 @@ COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 128
 PROGRAMS = 132
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
-
-
-def queries_of(group: int) -> int:
-    """Columns of a product for the queries of a group."""
-    return 4 if group <= 4 else 8
 
 
 class Call:

@@ -141,8 +141,8 @@ class Warpgroup:
 
     def store_weights(self, first, t, weights):
         """Stores a tile's weights [TILE, columns], from row `first` on."""
-        place = self.weights.at[t, pl.ds(first, weights.shape[1])].transpose((1, 0))
-        place[...] = plgpu.layout_cast(weights.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        place = self.weights.at[t, pl.ds(first, weights.shape[1])]
+        mosaic_gpu.store_transposed(weights.astype(jnp.bfloat16), place)
 
 
 class Copies(Warpgroup):

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rattn.decoding import mosaic_gpu
-from rattn.decoding.attention_gpu_program import LEAST
+from rattn.decoding.attention_gpu_program import LEAST, rotated
 from rattn.decoding.attention_stream_gpu_plan import (
     COLUMNS,
     HALF,
@@ -49,6 +49,8 @@ from rattn.decoding.triton_gpu import LOG2_E
 # between them nothing has been timed.
 LEAST_HEADS = 32
 
+# Of scores, for powers of two.
+SCALE = HEAD_DIM**-0.5 * LOG2_E
 BY_COLUMN, BY_ROW = WGMMA.reduce(0), WGMMA.reduce(1)
 
 
@@ -283,10 +285,7 @@ class Taker(Warpgroup):
         layout, shape = mosaic_gpu.rows_layout(COLUMNS, HALF), (COLUMNS, HALF)
         of_halves = [pl.ds(n * HALF, HALF) for n in (0, 1)]
 
-        def across(ref):
-            """Loads [HALF] numbers for every row."""
-            x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-            return spread(x, layout, shape, 1)
+        across = functools.partial(mosaic_gpu.load_across, layout=layout, shape=shape)
 
         def positioned(x, scale):
             if self.normed:
@@ -295,8 +294,7 @@ class Taker(Warpgroup):
                 scales = [across(getattr(self, scale).at[half]) for half in of_halves]
                 x = [rounded(y * inverse * by) for y, by in zip(x, scales, strict=True)]
             if self.rotates:
-                (first, second), sin, cos = x, *(across(self.angles.at[n, b]) for n in (0, 1))
-                x = [rounded(first * cos - second * sin), rounded(second * cos + first * sin)]
+                x = [rounded(y) for y in rotated(x, [across(self.angles.at[n, b]) for n in (0, 1)])]
             return x
 
         queries = halves(self.new.at[slot, pl.ds(0, COLUMNS)])
@@ -311,20 +309,19 @@ class Taker(Warpgroup):
             for half, x in zip(halves(self.key), k, strict=True):
                 half[...] = x.astype(jnp.bfloat16)
             score = sum((x * y).sum(axis=1) for x, y in zip(q, k, strict=True))
-            self.score[...] = score * (HEAD_DIM**-0.5 * LOG2_E)
+            self.score[...] = score * SCALE
 
     def take(self, place, visible, most, weights, o):
         """Adds a pair of tiles to the maximum [COLUMNS], the weights [TILE, COLUMNS] and the result [H, COLUMNS]."""
         plgpu.barrier_wait(self.keys_full.at[place])
         scores = self.product(self.keys.at[place], self.queries.at[self.taker], TILE)
-        scores = jnp.where(visible, scores * (HEAD_DIM**-0.5 * LOG2_E), LEAST)
+        scores = jnp.where(visible, scores * SCALE, LEAST)
         maxima = self.maxima.at[self.taker]
         mosaic_gpu.store_of_warps("max", scores, maxima, self.plan.interpret)
         self.join()
         now = functools.reduce(jnp.maximum, self.rows(maxima), most)
         shrink, new = jnp.exp2(most - now), jnp.exp2(scores - of_columns(now, TILE))
-        into = self.weights.at[self.taker].transpose((1, 0))
-        into[...] = plgpu.layout_cast(new.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+        mosaic_gpu.store_transposed(new.astype(jnp.bfloat16), self.weights.at[self.taker])
         plgpu.commit_smem()
         plgpu.barrier_wait(self.values_full.at[place])
         found = self.product(self.values.at[place].transpose((1, 0)), self.weights.at[self.taker], HEAD_DIM)
@@ -349,13 +346,8 @@ class Taker(Warpgroup):
         totals = [sum(self.rows(self.totals.at[n])) for n in range(TAKERS)]
         score = jnp.where(begins, self.column(self.score), LEAST)
         value = plgpu.load(self.new.at[slot, COLUMNS + 1], layout=BY_ROW, optimized=False).astype(jnp.float32)
-        mosts.append(score)
-        results.append(jax.lax.broadcast_in_dim(value, (HEAD_DIM, COLUMNS), [0]))
-        totals.append(jnp.ones_like(score))
-        now = functools.reduce(jnp.maximum, mosts)
-        shrinks = [jnp.exp2(one - now) for one in mosts]
-        total = sum(x * shrink for x, shrink in zip(totals, shrinks, strict=True))
-        return now, total, sum(x * of_columns(shrink, HEAD_DIM) for x, shrink in zip(results, shrinks, strict=True))
+        new = score, jnp.ones_like(score), jax.lax.broadcast_in_dim(value, (HEAD_DIM, COLUMNS), [0])
+        return combined(*zip(mosts, totals, results, strict=True), new)
 
     def write(self, b, h, slot, begin, newest, ends, most, total, o):
         """Writes a head's result, and the new key and value; or leaves a part to the program that began the head."""
@@ -381,16 +373,11 @@ class Taker(Warpgroup):
 
     def add_part(self, n, carry):
         """Waits for the part of the program that is so many further, and adds it."""
-        most, total, o = carry
         program = self.program + n
         self.wait_until_ready(program)
         sums = self.part_sums.at[program]
-        other, other_total = (self.column(sums.at[which]) for which in (0, 1))
-        part = plgpu.load(self.parts.at[program], layout=WGMMA, optimized=False)
-        now = jnp.maximum(most, other)
-        shrink, other_shrink = jnp.exp2(most - now), jnp.exp2(other - now)
-        o = o * of_columns(shrink, HEAD_DIM) + part * of_columns(other_shrink, HEAD_DIM)
-        return now, total * shrink + other_total * other_shrink, o
+        most, total = (self.column(sums.at[which]) for which in (0, 1))
+        return combined(carry, (most, total, plgpu.load(self.parts.at[program], layout=WGMMA, optimized=False)))
 
     def say_ready(self):
         """Says that the program's part is there."""
@@ -411,7 +398,7 @@ class Taker(Warpgroup):
 
     def finish(self, b, h, o):
         """Writes a head's result, from [H, COLUMNS]."""
-        self.out.transpose((1, 0))[...] = plgpu.layout_cast(o, plgpu.Layout.WGMMA_TRANSPOSED)
+        mosaic_gpu.store_transposed(o, self.out)
         self.join()
         layout = mosaic_gpu.rows_layout(self.call.Q, HEAD_DIM)
         rows = plgpu.load(self.out.at[pl.ds(0, self.call.Q)], layout=layout, optimized=False)
@@ -432,6 +419,15 @@ class Taker(Warpgroup):
             plgpu.commit_smem()
         else:
             mosaic_gpu.join()
+
+
+def combined(*parts):
+    """Adds up parts of a head, each a maximum, a sum [COLUMNS] and a result [H, COLUMNS]."""
+    mosts, totals, results = zip(*parts, strict=True)
+    now = functools.reduce(jnp.maximum, mosts)
+    shrinks = [jnp.exp2(most - now) for most in mosts]
+    total = sum(total * shrink for total, shrink in zip(totals, shrinks, strict=True))
+    return now, total, sum(o * of_columns(shrink, HEAD_DIM) for o, shrink in zip(results, shrinks, strict=True))
 
 
 def of_columns(x, rows):

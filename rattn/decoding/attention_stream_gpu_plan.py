@@ -122,8 +122,8 @@ class Call:
 
     @property
     def Q(self) -> int:
-        """Rows of a head's result: as many as four warps write."""
-        return 4 if self.G <= 4 else 8
+        """Rows of a head's result."""
+        return mosaic_gpu.queries_of(self.G)
 
     @property
     def tiles(self) -> int:

@@ -69,6 +69,22 @@ def rounded(x):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def load_across(ref, layout, shape):
+    """Loads as many numbers as `shape` has columns, for each of its rows, as float32."""
+    x = plgpu.load(ref, layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+    return spread(x, layout, shape, 1)
+
+
+def store_transposed(x, place):
+    """Stores x, [rows, columns] as WGMMA lies, in place [columns, rows]."""
+    place.transpose((1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def queries_of(group):
+    """Returns how many rows or columns a group's queries have: as many as four warps write, at most eight."""
+    return 4 if group <= 4 else 8
+
+
 def store_of_warps(kind, x, place, interpret):
     """Stores in place [4, columns] the "max" or "add" of each warp's 16 rows of x, float32 [64, columns] as WGMMA lies.
 
