@@ -24,8 +24,8 @@ stacked layers would compile faster, but it hands XLA slices of the stacks, and 
 copied first unless the backend can fuse it: weights and caches are all that a step reads, so that a copy of them takes
 longer than the step.
 
-A step is written twice, in XLA's operations (`attention_xla`, `layers`) and for one GPU in kernels, which a `Decoder`
-takes where they fit: `attention_gpu` for all of a layer between its products; on a Hopper in its place
+A step is written twice, in XLA's operations (`attention_xla`, `layers`) and for one GPU in kernels, which `attention`
+and `step` take where they fit: `attention_gpu` for all of a layer between its products; on a Hopper in its place
 `attention_ring_gpu` for rings with a state and `attention_stream_gpu` for keys that are kept as attention reads them;
 `products_gpu` and, for more sequences, `products_persistent_gpu` for the products.
 """

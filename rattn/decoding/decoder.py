@@ -12,7 +12,9 @@ from kernels_pallas import devices
 from rattn.accounting import FOLD_TOKENS, readable_bytes
 from rattn.decoding import cache as caches
 from rattn.decoding import layers, prefill, products_gpu, products_persistent_plan, step
+from rattn.decoding.attention import moments, ring_rotations
 from rattn.decoding.cache import Cache, CacheLayout
+from rattn.decoding.kernels import Kernels
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError, nearest
 from rattn.model.parameters import model_spec
@@ -89,7 +91,7 @@ class Decoder:
             if value == "pallas_gpu_hopper" and not devices.on_hopper():
                 raise UserError(f"{name}={value!r} runs on a Hopper GPU and there is none; use 'auto'.")
         self.attention, self.products = attention, _products_taken(products, model, one_hopper)
-        self._kernels = step.Kernels(self.attention, self.products, interpret=platform == "cpu")
+        self._kernels = Kernels(self.attention, self.products, interpret=platform == "cpu")
         self._operators = sharding.operators()
         self.compiled = functools.cache(self._compiled)
         self._logits = jax.jit(lambda weights, x_BTD: layers.logits(model, weights, x_BTD))
@@ -256,10 +258,9 @@ class Decoder:
             lambda cache: cache,
             cache,
         )
-        rotations = step.ring_rotations(self.layers, cache.layout, self._kernels, weights)
-        moments = step.moments(self.layers, cache.layout, self._kernels, cache.clock, 1)
-        moments = jax.tree.map(lambda x: x[0], moments)
-        return step.step(self.layers, self.model, self._kernels, rotations, moments, weights, cache, tokens_B)
+        rotations = ring_rotations(self.layers, cache.layout, self._kernels, weights)
+        now = jax.tree.map(lambda x: x[0], moments(self.layers, cache.layout, self._kernels, cache.clock, 1))
+        return step.step(self.layers, self.model, self._kernels, rotations, now, weights, cache, tokens_B)
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

@@ -4,7 +4,6 @@ A local layer costs O(W + P·H) a token, whatever came before. Nothing is moved:
 a full layer's cache in one row for each sequence, a state nothing until the next fold.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -12,46 +11,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rattn.decoding import (
-    attention_gpu,
-    attention_ring_gpu,
-    attention_stream_gpu,
-    attention_stream_gpu_plan,
-    attention_xla,
-    mosaic_gpu,
-    products_gpu,
-    products_persistent_gpu,
-    products_persistent_plan,
-)
+from rattn.decoding import attention, mosaic_gpu, products_gpu, products_persistent_gpu
+from rattn.decoding.attention import Moment
 from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, folded
+from rattn.decoding.kernels import Kernels
 from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project, projection_weights
 from rattn.decoding.sampling import Sampling, sample
-from rattn.model.layers import ACTIVATIONS, rope_angles
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-    """Which kernels a step runs.
-
-    Attributes:
-      attention: "xla"; "pallas_gpu", `rattn.decoding.attention_gpu` in layers that it fits; or "pallas_gpu_hopper",
-        with `attention_ring_gpu` and `attention_stream_gpu` in those that these fit.
-      products: "xla"; "pallas_gpu", `rattn.decoding.products_gpu` for up to its MOST_ROWS rows; or "pallas_gpu_hopper",
-        with `products_persistent_gpu` from LEAST_ROWS to MOST_ROWS of its plan. The weights lie for both of these
-        kernels, or for "xla".
-      interpret: run Triton's kernels on a CPU, to test them.
-    """
-
-    attention: str
-    products: str
-    interpret: bool = False
-
-    def products_for(self, rows: int) -> str:
-        """Returns what takes the products of so many rows: "persistent", "triton" or "xla"."""
-        plan = products_persistent_plan
-        if self.products == "pallas_gpu_hopper" and plan.LEAST_ROWS <= rows <= plan.MOST_ROWS:
-            return "persistent"
-        return "triton" if self.products != "xla" and rows <= products_gpu.MOST_ROWS else "xla"
+from rattn.model.layers import ACTIVATIONS
 
 
 class Handed(NamedTuple):
@@ -60,76 +26,21 @@ class Handed(NamedTuple):
     Attributes:
       x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
-      arrivals_BK: zeros, where attention is a kernel.
-      ready_P: zeros, where it is `attention_stream_gpu`.
+      notes: of attention's kernels.
       counters: of products, where they are one kernel.
     """
 
     x_BD: jax.Array
     qkv_BKAH: jax.Array | None
-    arrivals_BK: jax.Array | None
-    ready_P: jax.Array | None
+    notes: attention.Notes
     counters: tuple[jax.Array, jax.Array] | None
-
-
-def ring_rotations(
-    layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, weights: dict[str, Any]
-) -> tuple[attention_gpu.Rotation | jax.Array | None, ...]:
-    """Returns for each layer what its kernel positions keys with that are kept as projected, the same in all steps.
-
-    Made before a loop of steps: XLA would make it in each of them.
-    """
-
-    def of(layer: LayerSpec, w: Weights) -> attention_gpu.Rotation | jax.Array | None:
-        dtype = jnp.dtype(layout.dtype)
-        if _ring_attends(kernels, layer, layout):
-            return attention_ring_gpu.turns(layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype)
-        if not _kernel_attends(kernels, layer, dtype) or not layer.has_linear or layer.rope_theta is None:
-            return None
-        return attention_gpu.ring_rotation(
-            layout.slots(layer), layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype
-        )
-
-    return tuple(of(layer, w) for layer, w in zip(layers, weights["layers"], strict=True))
-
-
-Moment = attention_ring_gpu.Moment | attention_stream_gpu_plan.Moment
-
-
-def moments(
-    layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels, clock: Clock, steps: int
-) -> dict[int, Moment | None]:
-    """Returns what kernels for a Hopper take that follows from the clock, for this step and those after it: [steps, …].
-
-    For each sort of layer, by the number of its first one: a scan takes dictionaries whose keys can be sorted. Made
-    before a loop of steps: XLA would make it in each of them, in kernels that take longer to begin than to run.
-    """
-
-    def of(layer: LayerSpec, ahead: jax.Array) -> Moment | None:
-        at = dataclasses.replace(
-            clock, length_B=clock.length_B + ahead, steps=clock.steps + ahead, unfolded=clock.unfolded + ahead
-        )
-        slots, now = layout.slots(layer), at.after_a_step()
-        known_B = now.length_B - now.start_B
-        if _ring_attends(kernels, layer, layout):
-            heads = layer.group, layer.head_dim, layer.rope_theta
-            return attention_ring_gpu.moment(at.steps % slots, known_B, now.unfolded, slots, *heads)
-        if _stream_attends(kernels, layer, layout):
-            new_B, angles = _new_slots(layer, layout, at), _new_angles(layer, at)
-            return attention_stream_gpu_plan.moment(
-                new_B, known_B, _window(layer, layout), slots, layer.kv_heads, angles
-            )
-        return None
-
-    sorts = dict.fromkeys(layers)
-    return {layers.index(layer): jax.vmap(functools.partial(of, layer))(jnp.arange(steps)) for layer in sorts}
 
 
 def step(
     layers: tuple[LayerSpec, ...],
     model: ConfigDict,
     kernels: Kernels,
-    rotations: tuple[attention_gpu.Rotation | jax.Array | None, ...],
+    rotations: tuple[attention.Rotation, ...],
     moments: dict[int, Moment | None],
     weights: dict[str, Any],
     cache: Cache,
@@ -143,30 +54,27 @@ def step(
       layers: the model's.
       model: `config.model`.
       kernels: what they run.
-      rotations: of `ring_rotations`.
-      moments: of `moments`, of this step.
+      rotations: of `attention.ring_rotations`.
+      moments: of `attention.moments`, of this step.
       weights: the model's.
       cache: with the tokens before.
       tokens_B: each sequence's next token.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
     products = kernels.products_for(B)
-    streams = any(_stream_attends(kernels, layer, cache.layout) for layer in layers)
     if products == "persistent":
         x_BD = mosaic_gpu.padded(x_BD)
     per_layer = weights["layers"]
     handed = Handed(
         x_BD=x_BD,
         qkv_BKAH=_first_projections(layers[0], kernels, products, per_layer[0], x_BD),
-        arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((B, model.kv_heads), jnp.int32),
-        ready_P=attention_stream_gpu.none_ready() if streams else None,
+        notes=attention.first_notes(layers, cache.layout, kernels),
         counters=products_persistent_gpu.zero_counters() if products == "persistent" else None,
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
         following = projection_weights(per_layer[number + 1]) if number + 1 < len(layers) else None
-        how = layer, cache.layout, kernels, products, number == 0 and _stream_attends(kernels, layer, cache.layout)
-        position = rotation, moments[layers.index(layer)]
+        how, position = (layer, cache.layout, kernels, products, number > 0), (rotation, moments[layers.index(layer)])
         handed, layer_cache = _layer_step(
             *how, position, per_layer[number], following, layer_cache, cache.clock, handed
         )
@@ -206,7 +114,7 @@ def sampled_steps(
       int32 tokens [B, steps], and the cache with all but the last of them.
     """
     states = [{name: x for name, x in kept.items() if name == "state_BKPH"} for kept in cache.layers]
-    rotations = ring_rotations(layers, cache.layout, kernels, weights)
+    rotations = attention.ring_rotations(layers, cache.layout, kernels, weights)
 
     def body(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
         (rings, clock, tokens_B), (index, moments_now) = carry, now
@@ -221,7 +129,7 @@ def sampled_steps(
         return (_rings(after), after.clock, tokens_B), tokens_B
 
     start = (_rings(cache), cache.clock, tokens_B)
-    each = jnp.arange(steps, dtype=jnp.int32), moments(layers, cache.layout, kernels, cache.clock, steps)
+    each = jnp.arange(steps, dtype=jnp.int32), attention.moments(layers, cache.layout, kernels, cache.clock, steps)
     (rings, clock, _), out_SB = jax.lax.scan(body, start, each)
     whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
     return jnp.swapaxes(out_SB, 0, 1), folded(layers, weights["layers"], Cache(whole, clock, cache.layout))
@@ -252,8 +160,8 @@ def _layer_step(
     layout: CacheLayout,
     kernels: Kernels,
     products: str,
-    streams_first: bool,
-    position: tuple[attention_gpu.Rotation | jax.Array | None, Moment | None],
+    early: bool,
+    position: tuple[attention.Rotation, Moment | None],
     weights: Weights,
     following: Weights | None,
     cache: LayerCache,
@@ -262,27 +170,16 @@ def _layer_step(
 ) -> tuple[Handed, LayerCache]:
     """One layer's part of `step`: its attention and feed-forward, and the projections of the layer after it.
 
-    `streams_first` where it is the first layer of all, behind kernels of XLA's that may write what the stream kernel
-    reads early elsewhere.
-
-    `following` are that layer's weights for them; `clock` is the one before the token.
+    `early`, `position` and `clock` are as `attention.attend` takes them, `following` that layer's weights.
     """
-    x_BD, qkv_BKAH, arrivals_BK, ready_P, counters = handed
-    rotation, moment = position
-    if _ring_attends(kernels, layer, layout):
-        o_BE, cache = _by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH)
-    elif _stream_attends(kernels, layer, layout):
-        o_BE, cache, ready_P = _by_stream_kernel(layer, not streams_first, moment, weights, cache, qkv_BKAH, ready_P)
-    elif _kernel_attends(kernels, layer, x_BD.dtype):
-        o_BE, cache, arrivals_BK = _by_kernel(
-            layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, arrivals_BK
-        )
-    else:
-        o_BE, cache = attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: clock.length_B.shape[0]])
+    x_BD, qkv_BKAH, notes, counters = handed
+    o_BE, cache, notes = attention.attend(
+        layer, layout, kernels, early, position, weights, cache, clock, qkv_BKAH, notes
+    )
     if products == "xla":
         x_BD = finish(layer, weights, x_BD, o_BE)
         qkv_BKAH = project(layer, following, x_BD) if following else None
-        return Handed(x_BD, qkv_BKAH, arrivals_BK, ready_P, counters), cache
+        return Handed(x_BD, qkv_BKAH, notes, counters), cache
     given = {"out": weights["out_DE"], "gate_up": weights["gate_up_JCFD"], "down": weights["down_DF"]}
     if following:
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
@@ -292,123 +189,4 @@ def _layer_step(
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.interpret, **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
-    return Handed(x_BD, qkv_BKAH, arrivals_BK, ready_P, counters), cache
-
-
-def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.attention == "pallas_gpu_hopper" and attention_ring_gpu.fits(layer, layout)
-
-
-def _stream_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.attention == "pallas_gpu_hopper" and attention_stream_gpu.fits(layer, layout)
-
-
-def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
-    sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
-    return (
-        kernels.attention != "xla"
-        and sees
-        and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
-    )
-
-
-def _by_kernel(
-    layer: LayerSpec,
-    layout: CacheLayout,
-    interpret: bool,
-    rotation: attention_gpu.Rotation | None,
-    weights: Weights,
-    cache: LayerCache,
-    clock: Clock,
-    qkv_BKAH: jax.Array,
-    arrivals_BK: jax.Array,
-) -> tuple[jax.Array, LayerCache, jax.Array]:
-    """Returns what `attention_xla.attend` does, by the kernel, and `arrivals_BK`."""
-    now = clock.after_a_step()
-    if not layer.has_linear:
-        angles = _new_angles(layer, clock)
-        rotation = attention_gpu.Rotation(*angles) if angles else None
-    plan = attention_gpu.Plan(
-        window=_window(layer, layout),
-        epsilon=layer.norm_epsilon,
-        normed_features=layer.feature_map_after_qk_norm,
-        interpret=interpret,
-    )
-    o_BKGH, k_BKSH, v_BKSH, arrivals_BK = attention_gpu.attend(
-        plan,
-        qkv_BKAH,
-        cache["k_BKSH"],
-        cache["v_BKSH"],
-        _new_slots(layer, layout, clock),
-        now.length_B - now.start_B,
-        arrivals_BK,
-        scales=(weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
-        rotation=rotation,
-        state_BKPH=cache.get("state_BKPH"),
-        unfolded=now.unfolded,
-        branch_scales=(weights["softmax_norm_KGH"], weights["linear_norm_KGH"]) if layer.has_linear else None,
-    )
-    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, arrivals_BK
-
-
-def _by_stream_kernel(
-    layer: LayerSpec,
-    early: bool,
-    moment: attention_stream_gpu_plan.Moment,
-    weights: Weights,
-    cache: LayerCache,
-    qkv_BKAH: jax.Array,
-    ready_P: jax.Array,
-) -> tuple[jax.Array, LayerCache, jax.Array]:
-    """Returns what `attention_xla.attend` does, by the kernel for positioned keys, and `ready_P`."""
-    o_BKGH, k_BKSH, v_BKSH, ready_P = attention_stream_gpu.attend(
-        attention_stream_gpu.Plan(layer.norm_epsilon, early),
-        qkv_BKAH,
-        cache["k_BKSH"],
-        cache["v_BKSH"],
-        moment,
-        ready_P,
-        (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else None,
-    )
-    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, ready_P
-
-
-def _window(layer: LayerSpec, layout: CacheLayout) -> int:
-    return layout.capacity if layer.kind == "full" else layout.kept_window(layer)
-
-
-def _new_slots(layer: LayerSpec, layout: CacheLayout, clock: Clock) -> jax.Array:
-    """Returns the slots of the new keys, [B]."""
-    if layer.kind == "full":
-        return clock.length_B
-    return jnp.broadcast_to(clock.steps % layout.slots(layer), clock.length_B.shape)
-
-
-def _new_angles(layer: LayerSpec, clock: Clock) -> tuple[jax.Array, jax.Array] | None:
-    """Returns sines and cosines [B, H/2] of the new tokens' positions, where they have any."""
-    return None if layer.rope_theta is None else rope_angles(clock.length_B, layer.head_dim, layer.rope_theta)
-
-
-def _by_ring_kernel(
-    layer: LayerSpec,
-    layout: CacheLayout,
-    turns_4TR: jax.Array,
-    moment: attention_ring_gpu.Moment,
-    weights: Weights,
-    cache: LayerCache,
-    qkv_BKAH: jax.Array,
-) -> tuple[jax.Array, LayerCache]:
-    """Returns what `attention_xla.attend` does, by the kernel for rings."""
-    ones = jnp.ones(layer.head_dim, jnp.float32)
-    o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
-        attention_ring_gpu.Plan(layout.kept_window(layer), layer.norm_epsilon, layer.qk_norm),
-        qkv_BKAH,
-        cache["k_BKSH"],
-        cache["v_BKSH"],
-        cache["state_BKPH"],
-        moment,
-        turns_4TR,
-        (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else (ones, ones),
-        (weights["softmax_norm_KGH"], weights["linear_norm_KGH"]),
-    )
-    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+    return Handed(x_BD, qkv_BKAH, notes, counters), cache

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from rattn.decoding import attention_ring_gpu, attention_stream_gpu, attention_stream_gpu_plan, step
+from rattn.decoding import attention, attention_ring_gpu, attention_stream_gpu, attention_stream_gpu_plan
 from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
 from rattn.decoding.cache import Clock
 from rattn.model.layers import rope_angles
@@ -206,7 +206,7 @@ def test_moments_of_steps_are_those_of_their_clocks(miniature, hopper, monkeypat
             steps=jnp.int32(66) + ahead,
             unfolded=ahead,
         )
-        return step.moments(decoder.layers, layout, decoder._kernels, at, len(steps))
+        return attention.moments(decoder.layers, layout, decoder._kernels, at, len(steps))
 
     together = moments(np.int32(0), np.zeros(8))
     assert [type(moment).__module__.rpartition(".")[2] for moment in together.values()] == [
