@@ -46,17 +46,26 @@ class Tile:
       depth: numbers of each column that are read at a time, a power of two; 64 fill a line of the cache.
       warps: in groups of four.
       held: weight columns for each column of the result.
+      least: numbers that are read at a time where `depth` does not divide the sum, half of it or less; 0: none but it.
     """
 
     columns: int
     depth: int
     warps: int = 4
     held: int = 1
+    least: int = 0
 
     @property
     def pieces(self) -> int:
         """How many pieces the sum is cut into."""
         return max(1, STOOD_UP // (self.held * self.columns))
+
+    def fitted(self, length: int) -> "Tile":
+        """Returns the tile with the depth that a sum so long takes, if it takes any."""
+        depth = self.depth
+        while length % (self.pieces * depth) and depth // 2 >= self.least > 0:
+            depth //= 2
+        return dataclasses.replace(self, depth=depth)
 
     def stages(self, rows: int, itemsize: int) -> int:
         """How many reads are on the way or in use at a time."""
@@ -69,7 +78,7 @@ class Tile:
 # the way at once.
 TILES = {
     "qkv": Tile(columns=32, depth=128),
-    "out": Tile(columns=16, depth=128),
+    "out": Tile(columns=16, depth=128, least=64),
     "gate_up": Tile(columns=64, depth=128, held=2),
     "down": Tile(columns=16, depth=128),
 }
@@ -78,7 +87,7 @@ TILES = {
 def fits(dtype: jnp.dtype, shapes: Mapping[str, tuple[int, int]]) -> bool:
     """Returns whether the kernels take the products whose columns and length of sum `shapes` gives by name."""
     whole = all(
-        not columns % TILES[name].columns and not length % (TILES[name].pieces * TILES[name].depth)
+        not columns % TILES[name].columns and not length % (TILES[name].pieces * TILES[name].fitted(length).depth)
         for name, (columns, length) in shapes.items()
     )
     return dtype == jnp.bfloat16 and whole
@@ -153,7 +162,7 @@ def gate(
 
 
 def _product(name, x_BK, weights_NK, interpret, *, squares=None, residual=None, epsilon=None, activation=None):
-    tile, B = TILES[name], x_BK.shape[0]
+    tile, B = TILES[name].fitted(x_BK.shape[1]), x_BK.shape[0]
     columns = weights_NK.shape[0] // tile.held
     programs = columns // tile.columns
     rows = max(LEAST_ROWS, 1 << (B - 1).bit_length())

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 # Several tiles of each product, and several reads of each piece of a sum.
 D, E, N, F, EPSILON = 256, 512, 96, 1024, 1e-6
-MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 128, "width": 256, "mlp_width": 512} | TWO_MIXERS
+MINIATURE = {"compute_dtype": "bfloat16", "layers": 2, "head_dim": 64, "width": 256, "mlp_width": 512} | TWO_MIXERS
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -137,6 +137,8 @@ def test_the_kernels_lower_for_a_hopper(monkeypatch, width):
 
 def test_what_fits():
     assert products_gpu.fits(jnp.bfloat16, {"qkv": (3072, 2048), "out": (2048, 2048), "gate_up": (6656, 2048)})
+    assert products_gpu.fits(jnp.bfloat16, {"out": (768, 768)})
+    assert not products_gpu.fits(jnp.bfloat16, {"out": (768, 768 + 128)})
     assert not products_gpu.fits(jnp.float32, {"qkv": (3072, 2048)})
     assert not products_gpu.fits(jnp.bfloat16, {"qkv": (3088, 2048)})
     assert not products_gpu.fits(jnp.bfloat16, {"down": (2048, 6656 + 128)})
