@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from rattn.config import load_config, validate
@@ -65,6 +66,15 @@ def races(printed):
     """
     found = printed.split("RACE DETECTED")[1:]
     return [race for race in found if "write of" not in race or "(Copies." not in race or "read of" not in race]
+
+
+def lowered_step(mini, batch, capacity):
+    """Returns a step as it is lowered for a Hopper."""
+    cache = mini.decoder.empty_cache(batch, capacity)
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(batch, np.int32))
+        return step.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def check_attention(miniature, attention, changes):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
@@ -15,7 +14,7 @@ from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan
 from rattn.decoding.attention_ring_gpu import Plan
 from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call
 from rattn.model.layers import rms_norm, rope_angles, rotate
-from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, races
+from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, lowered_step, races
 
 H, EPSILON, THETA = HEAD_DIM, 1e-6, 1e4
 # Heads that the kernel takes in the first of two layers.
@@ -213,12 +212,7 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatc
     assert not attention_ring_gpu.fits(layer, dataclasses.replace(layout, state_dtype="bfloat16"))
     long = dataclasses.replace(layer, window=2048), dataclasses.replace(layout, capacity=4096)
     assert not attention_ring_gpu.fits(*long)
-    cache = mini.decoder.empty_cache(3, 96)
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
-        text = step.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2(") == 1
+    assert lowered_step(mini, 3, 96).count("@mosaic_gpu_v2(") == 1
 
 
 @pytest.mark.gpu

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rattn.decoding import attention, attention_ring_gpu, attention_stream_gpu, attention_stream_gpu_plan
 from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
 from rattn.decoding.cache import Clock
 from rattn.model.layers import rope_angles
-from tests.rattn.decoding.conftest import WIDE_HEADS, check_attention, races
+from tests.rattn.decoding.conftest import WIDE_HEADS, check_attention, lowered_step, races
 from tests.rattn.decoding.test_attention_gpu import (
     EPSILON,
     assert_kept,
@@ -170,12 +169,7 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, hopper, mo
             assert not attention_stream_gpu.fits(dataclasses.replace(layer, **change), layout)
         assert not attention_stream_gpu.fits(layer, dataclasses.replace(layout, dtype="float32"))
     assert not attention_stream_gpu.fits(full, mini.decoder.layout(3, 97))
-    cache = mini.decoder.empty_cache(3, 96)
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        step = jax.jit(lambda *x: mini.decoder._step(*x)).trace(mini.weights, cache, np.zeros(3, np.int32))
-        text = step.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2(") == 2
+    assert lowered_step(mini, 3, 96).count("@mosaic_gpu_v2(") == 2
 
 
 def test_few_sequences_have_as_many_programs_as_divide_their_heads(hopper):
