@@ -315,10 +315,11 @@ class _Program:
                     begun = [kind for kind, depth in depths.items() if at % depth == 0]
                     for kind in begun:
                         self.wait_full(kind, slots[kind])
+                        if kind == "weights":
+                            mosaic_gpu.show_copies()
                     rows = pl.ds(slots["rows"] * self.plan.rows + self.group * GROUP_ROWS, GROUP_ROWS)
                     x = self.rows.at[rows, pl.ds(at % depths["rows"], step)]
                     w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % depths["weights"], step)]
-                    mosaic_gpu.show_copies()
                     plgpu.wgmma(sums, x, w.transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # All before this one are done.
                     for kind in begun:

@@ -25,8 +25,9 @@ WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
 # Bytes of a multiprocessor's 227 KiB that are used.
 SHARED_BYTES = 225 * 1024
-# Those of rows, and the numbers of a row that are copied at a time: where one warpgroup multiplies, and where two do.
-ROW_BYTES, ROW_NUMBERS = (80 * 1024, 112 * 1024), (128, 64)
+# Those of rows, where one warpgroup multiplies and where two do; and the numbers of a row that are copied at a time, the
+# second where fewer than LEAST_SLOTS slots of the first have room.
+ROW_BYTES, ROW_NUMBERS, LEAST_SLOTS = (80 * 1024, 112 * 1024), (128, 64), 4
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -134,7 +135,6 @@ class Plan:
         """
         self.epsilon, self.activation = epsilon, activation
         self.groups = -(-rows // GROUP_ROWS)
-        self.row_numbers = ROW_NUMBERS[self.groups - 1]
         # Copies are of whole groups of eight rows, an equal part of them by each program of a cluster.
         self.rows = -(-rows // (8 * SIDES)) * 8 * SIDES
         self.products = {
@@ -144,8 +144,12 @@ class Plan:
         self.width, self.hidden = shapes["down"]
         self.kept = self.width // PROGRAMS
         # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
-        most, read = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers), self.groups * GROUP_ROWS
-        row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
+        read = self.groups * GROUP_ROWS
+        for self.row_numbers in ROW_NUMBERS:
+            most = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers)
+            row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
+            if row_slots >= LEAST_SLOTS:
+                break
         self._rows_with_rest = (row_slots - 1) * self.rows + read
         used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self.kept
         self.slots = {"weights": (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS), "rows": row_slots}
