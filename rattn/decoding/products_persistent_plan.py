@@ -25,8 +25,8 @@ WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
 # Bytes of a multiprocessor's 227 KiB that are used.
 SHARED_BYTES = 225 * 1024
-# Those of rows, where one warpgroup multiplies and where two do; and the numbers of a row that are copied at a time, the
-# second where fewer than LEAST_SLOTS slots of the first have room.
+# Those of rows, where one warpgroup multiplies and where two do; and the numbers of a row that are copied at a time,
+# the second where fewer than LEAST_SLOTS slots of the first have room.
 ROW_BYTES, ROW_NUMBERS, LEAST_SLOTS = (80 * 1024, 112 * 1024), (128, 64), 4
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
