@@ -315,8 +315,6 @@ class _Program:
                     begun = [kind for kind, depth in depths.items() if at % depth == 0]
                     for kind in begun:
                         self.wait_full(kind, slots[kind])
-                        if kind == "weights":
-                            mosaic_gpu.show_copies()
                     rows = pl.ds(slots["rows"] * self.plan.rows + self.group * GROUP_ROWS, GROUP_ROWS)
                     x = self.rows.at[rows, pl.ds(at % depths["rows"], step)]
                     w = ring.at[slots["weights"], pl.ds(0, product.tile), pl.ds(at % depths["weights"], step)]
@@ -339,8 +337,10 @@ class _Program:
         return sums, slots
 
     def wait_full(self, kind, slot):
-        """Waits until what comes next to a slot is there."""
+        """Waits until what comes next to a slot is there, and tensor cores can read it."""
         plgpu.barrier_wait((self.weights_full if kind == "weights" else self.rows_full).at[slot])
+        if kind == "weights":  # Copied by threads.
+            mosaic_gpu.show_copies()
 
     def free_before(self, kind, slot):
         """Says that the warpgroup no longer needs the slot before this one."""

@@ -145,11 +145,13 @@ class Plan:
         self.kept = self.width // PROGRAMS
         # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
         read = self.groups * GROUP_ROWS
-        for self.row_numbers in ROW_NUMBERS:
-            most = ROW_BYTES[self.groups - 1] // (2 * self.row_numbers)
-            row_slots = 1 + max(most - read, 2 * self.rows) // self.rows
-            if row_slots >= LEAST_SLOTS:
-                break
+
+        def row_slots_of(numbers: int) -> int:
+            most = ROW_BYTES[self.groups - 1] // (2 * numbers)
+            return 1 + max(most - read, 2 * self.rows) // self.rows
+
+        self.row_numbers = next((n for n in ROW_NUMBERS if row_slots_of(n) >= LEAST_SLOTS), ROW_NUMBERS[-1])
+        row_slots = row_slots_of(self.row_numbers)
         self._rows_with_rest = (row_slots - 1) * self.rows + read
         used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self.kept
         self.slots = {"weights": (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS), "rows": row_slots}
