@@ -175,7 +175,7 @@ def attention_case(model, text, args):
 
     def run_ring(own, shared):
         ones, scale, newest = jnp.ones((K, G, H), jnp.float32), jnp.ones(H, jnp.float32), jnp.int32(known - 1)
-        o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
+        o_BKGH, k_BKSH, v_BKSH, _ = attention_ring_gpu.attend(
             attention_ring_gpu.Plan(layer.window, layer.norm_epsilon, layer.qk_norm),
             shared["qkv_BKAH"],
             own["k_BKSH"],
@@ -187,6 +187,7 @@ def attention_case(model, text, args):
             attention_ring_gpu.turns(H, layer.rope_theta, scale, jnp.bfloat16),
             (scale, scale),
             (ones, ones),
+            mosaic_gpu.none_ready(),
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
 
@@ -199,7 +200,7 @@ def attention_case(model, text, args):
             own["k_BKSH"],
             own["v_BKSH"],
             attention_stream_gpu_plan.moment(newest_B, known_B, S, S, K, angles),
-            attention_stream_gpu.none_ready(),
+            mosaic_gpu.none_ready(),
             (jnp.ones(H, jnp.float32),) * 2 if layer.qk_norm else None,
         )
         return o_BKGH, own | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}

@@ -16,6 +16,7 @@ from rattn.decoding import (
     attention_stream_gpu,
     attention_stream_gpu_plan,
     attention_xla,
+    mosaic_gpu,
 )
 from rattn.decoding.cache import CacheLayout, Clock, LayerCache
 from rattn.decoding.kernels import Kernels
@@ -32,7 +33,7 @@ class Notes(NamedTuple):
 
     Attributes:
       arrivals_BK: zeros, where attention is a kernel.
-      ready_P: zeros, where it is `attention_stream_gpu`.
+      ready_P: zeros, where it is `attention_ring_gpu` or `attention_stream_gpu`.
     """
 
     arrivals_BK: jax.Array | None
@@ -41,10 +42,10 @@ class Notes(NamedTuple):
 
 def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
     """Returns what the first layer of a step takes."""
-    streams = any(_stream_attends(kernels, layer, layout) for layer in layers)
+    hopper = any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
     return Notes(
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((layout.batch, layers[0].kv_heads), jnp.int32),
-        ready_P=attention_stream_gpu.none_ready() if streams else None,
+        ready_P=mosaic_gpu.none_ready() if hopper else None,
     )
 
 
@@ -127,7 +128,8 @@ def attend(
     """
     rotation, moment = position
     if _ring_attends(kernels, layer, layout):
-        return *_by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH), notes
+        o_BE, cache, ready_P = _by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH, notes.ready_P)
+        return o_BE, cache, notes._replace(ready_P=ready_P)
     if _stream_attends(kernels, layer, layout):
         o_BE, cache, ready_P = _by_stream_kernel(layer, early, moment, weights, cache, qkv_BKAH, notes.ready_P)
         return o_BE, cache, notes._replace(ready_P=ready_P)
@@ -241,10 +243,11 @@ def _by_ring_kernel(
     weights: Weights,
     cache: LayerCache,
     qkv_BKAH: jax.Array,
-) -> tuple[jax.Array, LayerCache]:
-    """Returns what `attention_xla.attend` does, by the kernel for rings."""
+    ready_P: jax.Array,
+) -> tuple[jax.Array, LayerCache, jax.Array]:
+    """Returns what `attention_xla.attend` does, by the kernel for rings, and `ready_P`."""
     ones = jnp.ones(layer.head_dim, jnp.float32)
-    o_BKGH, k_BKSH, v_BKSH = attention_ring_gpu.attend(
+    o_BKGH, k_BKSH, v_BKSH, ready_P = attention_ring_gpu.attend(
         attention_ring_gpu.Plan(layout.kept_window(layer), layer.norm_epsilon, layer.qk_norm),
         qkv_BKAH,
         cache["k_BKSH"],
@@ -254,5 +257,6 @@ def _by_ring_kernel(
         turns_4TR,
         (weights["q_norm_H"], weights["k_norm_H"]) if layer.qk_norm else (ones, ones),
         (weights["softmax_norm_KGH"], weights["linear_norm_KGH"]),
+        ready_P,
     )
-    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}
+    return o_BKGH.reshape(o_BKGH.shape[0], -1), cache | {"k_BKSH": k_BKSH, "v_BKSH": v_BKSH}, ready_P

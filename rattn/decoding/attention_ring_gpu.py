@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
+from rattn.decoding import mosaic_gpu
 from rattn.decoding.attention_gpu import key_turns
 from rattn.decoding.attention_ring_gpu_answers import Answers
 from rattn.decoding.attention_ring_gpu_keys import Keys
@@ -160,8 +160,9 @@ def attend(
     turns_4TR: jax.Array,
     scales: tuple[jax.Array, jax.Array],
     branch_scales: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns o_BKGH in v's dtype, the keys and the values.
+    ready_P: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns o_BKGH in v's dtype, the keys, the values and `ready_P`.
 
     Args:
       plan: what is fixed.
@@ -173,22 +174,26 @@ def attend(
       turns_4TR: of `turns`.
       scales: float32 [H], of the norms of query and key; ones where there are none.
       branch_scales: float32 [K, G, H], of the norms of the softmax and the linear branch.
+      ready_P: int32, where programs say that a branch is there; `mosaic_gpu.none_ready`, also when the kernel is done.
     """
     B, K, S, H = k_BKSH.shape
     G = qkv_BKAH.shape[2] - 2
     call = Call(B, K, G, S, plan.window)
     assert call.places > 1, "A place is free when the values in the one after it are multiplied."
     branch_scales = [jnp.pad(x, ((0, 0), (0, call.Q - G), (0, 0))) for x in branch_scales]
-    kept = [jax.new_ref(x) for x in (k_BKSH, v_BKSH)]
+    kept = [jax.new_ref(x) for x in (k_BKSH, v_BKSH, ready_P)]
     mesh = plgpu.Mesh(
-        grid=(min(attention_ring_gpu_plan.PROGRAMS, B * K),),
+        grid=(call.programs,),
         grid_names=("program",),
         num_threads=FIRST_TAKER + KEY_WARPGROUPS,
         thread_name="warpgroup",
     )
-    found = pl.kernel(
+    found, _ = pl.kernel(
         functools.partial(_kernel, call, plan),
-        out_type=jax.ShapeDtypeStruct((B, K, call.Q, H), v_BKSH.dtype),
+        out_type=(
+            jax.ShapeDtypeStruct((B, K, call.Q, H), v_BKSH.dtype),
+            jax.ShapeDtypeStruct((max(call.split, 1), call.Q, H), jnp.float32),
+        ),
         mesh=mesh,
         compiler_params=mosaic_gpu.compiler_params(approx_math=True, **PROFILE),
         interpret=plan.interpret or False,
@@ -198,8 +203,11 @@ def attend(
 
 
 def _kernel(call, plan, *refs):
-    shared, names = shared_memory(call, plan.interpret), ("qkv", "k", "v", "state", "counts", "angles", "turns")
-    names += ("q_scale", "k_scale", "softmax_scale", "linear_scale", "found")
+    shared, names = (
+        shared_memory(call, plan.interpret),
+        ("qkv", "k", "v", "ready", "state", "counts", "angles", "turns"),
+    )
+    names += ("q_scale", "k_scale", "softmax_scale", "linear_scale", "found", "parts")
     arrays = dict(zip(names, refs, strict=True))
 
     def scoped(*shared_refs):

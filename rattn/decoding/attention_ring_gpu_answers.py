@@ -20,34 +20,43 @@ class Answers(Warpgroup):
     def run(self) -> None:
         """Makes the result of weights, state and values."""
         self.wait_for_kernel_before()
-        self.for_heads(self.answer)
+        self.for_jobs(self.answer)
 
-    def answer(self, i, b, h):
-        """Writes a head's result, and the new key and value."""
-        call = self.call
+    def answer(self, job):
+        """Writes a head's result, and the new key and value; or leaves its linear branch to another program."""
+        call, h = self.call, job.h
         layout = mosaic_gpu.rows_layout(call.Q, HEAD_DIM)
         scales = [
             plgpu.load(scale.at[h], layout=layout, optimized=False) for scale in (self.softmax_scale, self.linear_scale)
         ]
-        with jax.named_scope("phi"):
-            self.store_phi(i)
-        with jax.named_scope("weigh waiting"):
-            jax.lax.fori_loop(0, call.waiting_tiles, functools.partial(self.weigh_waiting, b), ())
-        with jax.named_scope("state"):
-            for half in range(2):
-                self.store_out(call.columns, half * HALF, self.read_state(half))
+        plgpu.barrier_wait(self.new_full.at[self.new_slot(job.i)])
+        self.if_one(job.linear, lambda: self.read_linear(job))
         plgpu.commit_smem()  # The weights of keys that wait, for all warps and the tensor cores.
         with jax.named_scope("wait for weights"):
-            plgpu.barrier_wait(self.weights_full)
+            self.if_one(job.softmax, lambda: plgpu.barrier_wait(self.weights_full))
         with jax.named_scope("values"):
-            self.store_out(0, 0, self.read_values())
+            self.store_out(0, 0, self.read_values(job))
         plgpu.commit_smem()
         with jax.named_scope("finish"):
-            self.finish(i, b, h, layout, scales)
-        plgpu.barrier_arrive(self.weights_empty)
+            self.finish(job, layout, scales)
+        self.if_one(job.softmax, lambda: plgpu.barrier_arrive(self.weights_empty))
+
+    def read_linear(self, job):
+        """Takes what only the linear branch needs: weights of keys that wait, and the state."""
+        call = self.call
+        first = call.copies(job)
+        with jax.named_scope("phi"):
+            self.store_phi(job.i)
+        with jax.named_scope("weigh waiting"):
+            weigh = functools.partial(self.weigh_waiting, job.b, first.waiting)
+            jax.lax.fori_loop(0, call.waiting_tiles, weigh, ())
+        with jax.named_scope("state"):
+            for half in range(2):
+                found = self.read_state(first.states + half * (STATE_TILES // 2))
+                self.store_out(call.columns, half * HALF, found)
 
     def store_phi(self, i):
-        """Waits for a head's queries and writes φ of them; for the first head, zeros as weights of keys that wait."""
+        """Writes φ of a head's queries; for the first job, zeros as weights of keys that wait."""
 
         @pl.when(i == 0)
         def _():
@@ -61,9 +70,7 @@ class Answers(Warpgroup):
             jax.lax.fori_loop(0, self.call.tiles, store, ())
 
         layout = mosaic_gpu.rows_layout(LINEAR, HALF)
-        slot = self.new_slot(i)
-        plgpu.barrier_wait(self.new_full.at[slot])
-        queries = halves(self.new.at[slot, pl.ds(0, LINEAR)])
+        queries = halves(self.new.at[self.new_slot(i), pl.ds(0, LINEAR)])
         queries = [plgpu.load(half, layout=layout, optimized=False).astype(jnp.float32) for half in queries]
 
         def across(x):
@@ -78,11 +85,11 @@ class Answers(Warpgroup):
                 self.phi.at[2 * n + m][...] = (half * inverse).astype(jnp.bfloat16)
         plgpu.commit_smem()
 
-    def weigh_waiting(self, b, n, _):
+    def weigh_waiting(self, b, first_copy, n, _):
         """Writes the linear branch's weights of tile number n of those in which keys may wait for the fold."""
         call, W = self.call, self.call.W
         newest, known, unfolded = (self.counts[b, column] for column in range(3))
-        t, place = call.waiting_tile(n, newest, unfolded), call.place(call.waiting + n)
+        t, place = call.waiting_tile(n, newest, unfolded), call.place(first_copy + n)
         plgpu.barrier_wait(self.others_full.at[place])
         last = newest - W
         first = last - unfolded + 1
@@ -113,11 +120,11 @@ class Answers(Warpgroup):
         plgpu.barrier_arrive(self.empty.at[place])
         return ()
 
-    def read_state(self, half):
+    def read_state(self, first_copy):
         """Returns half of the state's dims, times φ(q): float32 [HALF, LINEAR]."""
 
         def of_tile(n, total):
-            place = self.call.place(self.call.states + half * (STATE_TILES // 2) + n)
+            place = self.call.place(first_copy + n)
             plgpu.barrier_wait(self.others_full.at[place])
             tile = self.states.at[place].transpose((1, 0))
             x = plgpu.load(tile, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
@@ -128,23 +135,24 @@ class Answers(Warpgroup):
         none = plgpu.layout_cast(jnp.zeros((HALF, LINEAR), jnp.float32), WGMMA)
         return jax.lax.fori_loop(0, STATE_TILES // 2, of_tile, none)
 
-    def read_values(self):
-        """Returns values times weights, float32 [HEAD_DIM, columns]."""
-        call = self.call
+    def read_values(self, job):
+        """Returns values times weights, float32 [HEAD_DIM, columns]; those of a branch that it lacks are nothing."""
+        call, first = self.call, self.call.copies(job)
+        newest, unfolded = self.counts[job.b, 0], self.counts[job.b, 2]
 
         def scope(sums):
-            def of_tile(t, _):
-                place = call.place(call.values + t)
+            def of_tile(n, _):
+                place = call.place(first.values + n)
                 plgpu.barrier_wait(self.others_full.at[place])
-                values, weights = self.rows.at[place], self.weights.at[t]
+                values, weights = self.rows.at[place], self.weights.at[call.value_tile(job, n, newest, unfolded)]
                 plgpu.wgmma(sums, values.transpose((1, 0)), weights.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # All before this tile are done.
-                pl.when(t > 0)(lambda: plgpu.barrier_arrive(self.empty.at[call.place(call.values + t - 1)]))
+                pl.when(n > 0)(lambda: plgpu.barrier_arrive(self.empty.at[call.place(first.values + n - 1)]))
                 return ()
 
-            jax.lax.fori_loop(0, call.tiles, of_tile, ())
+            jax.lax.fori_loop(0, call.value_tiles(job), of_tile, ())
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(self.empty.at[call.place(jnp.int32(call.copies - 1))])
+            plgpu.barrier_arrive(self.empty.at[call.place(jnp.int32(first.end - 1))])
             return sums[...]
 
         return pl.run_scoped(scope, plgpu.ACC((HEAD_DIM, call.columns), jnp.float32))
@@ -154,13 +162,19 @@ class Answers(Warpgroup):
         place = self.out.at[pl.ds(row, found.shape[1]), pl.ds(first, found.shape[0])]
         mosaic_gpu.store_transposed(found, place)
 
-    def finish(self, i, b, h, layout, scales):
+    def finish(self, job, layout, scales):
         """Adds up, norms and adds the branches."""
         call, Q = self.call, self.call.Q
-        shape, slot = (Q, HEAD_DIM), self.new_slot(i)
+        (i, b, h, *_), shape = job, (Q, HEAD_DIM)
+        slot = self.new_slot(i)
 
         def across(x, dim=0):
             return spread(x, layout, shape, dim)
+
+        def normed(branch, scale):
+            x = rounded(branch)
+            inverse = jax.lax.rsqrt((x * x).sum(axis=1) / HEAD_DIM + self.plan.epsilon)
+            return x * across(inverse) * scale
 
         def rows(ref, part):
             """Loads [Q] numbers of the keys written since the ring went round (part 0), or before (1)."""
@@ -169,25 +183,38 @@ class Answers(Warpgroup):
         def out(first):
             return plgpu.load(self.out.at[pl.ds(first, Q)], layout=layout, optimized=False)
 
-        most = [rows(self.most, part) for part in (0, 1)]
-        # A part of which no key is visible has LEAST as its maximum and weights of 1, which this makes 0.
-        shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
-        weight = rows(self.weight, 0)
-        warps = [self.totals.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)]
-        totals = [[rows(warp, part) for warp in warps] for part in (0, 1)]
-        total = (sum(totals[0]) + weight) * shrink[0] + sum(totals[1]) * shrink[1]
-        new_k, new_v = (
-            plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)
-        )
-        o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
-        softmax = rounded((o + out(Q) * across(shrink[1])) * across(1.0 / total))
-        linear = rounded(out(2 * Q) + out(call.columns))
-        result = None
-        for x, scale in zip((softmax, linear), scales, strict=True):
-            inverse = jax.lax.rsqrt((x * x).sum(axis=1) / HEAD_DIM + self.plan.epsilon)
-            y = x * across(inverse) * scale
-            result = y if result is None else result + y
-        self.found.at[b, h][...] = result.astype(jnp.bfloat16)
-        for kept, row in ((self.k, new_k), (self.v, new_v)):
-            kept.at[b, h, self.counts[b, 0]][...] = row
+        linear = normed(out(2 * Q) + out(call.columns), scales[1])
+        if call.split:
+            place = jnp.where(job.linear == 1, self.program, self.program - call.split)
+            part, ready = self.parts.at[place], self.ready.at[place]
+
+            @pl.when(job.softmax == 0)
+            def _():
+                part[...] = linear
+                mosaic_gpu.say_ready(ready, self.plan.interpret)
+
+            def take(*_):
+                mosaic_gpu.take_ready(ready, self.plan.interpret)
+                return plgpu.load(part, layout=layout, optimized=False)
+
+        def finish_softmax():
+            most = [rows(self.most, part) for part in (0, 1)]
+            # A part of which no key is visible has LEAST as its maximum and weights of 1, which this makes 0.
+            shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
+            weight = rows(self.weight, 0)
+            warps = [self.totals.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)]
+            totals = [[rows(warp, part) for warp in warps] for part in (0, 1)]
+            total = (sum(totals[0]) + weight) * shrink[0] + sum(totals[1]) * shrink[1]
+            new_k, new_v = (
+                plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)
+            )
+            o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
+            softmax = normed((o + out(Q) * across(shrink[1])) * across(1.0 / total), scales[0])
+            # At most once.
+            other = jax.lax.fori_loop(0, 1 - job.linear, take, linear) if call.split else linear
+            self.found.at[b, h][...] = (softmax + other).astype(jnp.bfloat16)
+            for kept, row in ((self.k, new_k), (self.v, new_v)):
+                kept.at[b, h, self.counts[b, 0]][...] = row
+
+        self.if_one(job.softmax, finish_softmax)
         plgpu.barrier_arrive(self.new_empty.at[slot])

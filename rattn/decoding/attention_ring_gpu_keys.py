@@ -34,13 +34,17 @@ class Keys(Warpgroup):
         ones = plgpu.layout_cast(jnp.ones((rows, TILE), jnp.bfloat16), mosaic_gpu.rows_layout(rows, TILE))
         self.ones.at[self.taker][...] = ones
         self.wait_for_kernel_before()
-        self.for_heads(functools.partial(self.weigh, table))
+
+        def weigh(job):
+            self.if_one(job.softmax, lambda: self.weigh(table, job.i, job.b))
+
+        self.for_jobs(weigh)
 
     def tile(self, n):
         """Returns the warpgroup's tile number n."""
         return self.taker + n * KEY_WARPGROUPS
 
-    def weigh(self, table, i, b, h):
+    def weigh(self, table, i, b):
         """Writes the softmax branch's weights of a head's keys, their maximum and sums."""
         call = self.call
         newest, known = self.counts[b, 0], self.counts[b, 1]

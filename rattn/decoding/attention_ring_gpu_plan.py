@@ -1,10 +1,12 @@
 """How `attention_ring_gpu` divides its work and a multiprocessor's shared memory."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rattn.decoding.mosaic_gpu import queries_of
+from rattn.decoding.mosaic_gpu import MULTIPROCESSORS, queries_of
 
 # Slots of a tile; bytes of one.
 TILE, TILE_BYTES = 64, 16 * 1024
@@ -20,10 +22,38 @@ SHARED_BYTES, SMALL_BYTES = 224 * 1024, 6 * 1024
 KEY_WARPGROUPS, FIRST_TAKER = 2, 2
 # Registers of a thread that copies, that takes keys, that takes the rest: at most 512 with two that take keys.
 COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 128
-# Multiprocessors of an H100 or H200; with another number only speed differs.
-PROGRAMS = 132
+# One a multiprocessor.
+PROGRAMS = MULTIPROCESSORS
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
+
+
+class Job(NamedTuple):
+    """What a program does next: a head, or one branch of it.
+
+    Attributes:
+      i: its number in the program.
+      b, h: the sequence, the key/value head.
+      softmax, linear: 1 where the job has the branch, else 0; in Python where all jobs are whole heads.
+    """
+
+    i: jax.Array
+    b: jax.Array
+    h: jax.Array
+    softmax: jax.Array | int = 1
+    linear: jax.Array | int = 1
+
+
+class Copies(NamedTuple):
+    """Numbers of a job's first copies of keys that wait, of the state and of values, and how many there are.
+
+    Keys are first, for values wait for the weights of all keys.
+    """
+
+    waiting: jax.Array | int
+    states: jax.Array | int
+    values: jax.Array | int
+    end: jax.Array | int
 
 
 class Call:
@@ -36,9 +66,9 @@ class Call:
       most_key_tiles: that one of the warpgroups takes that take keys.
       places: tiles that shared memory holds at a time.
       waiting_tiles: the most in which keys wait for the fold.
-      waiting, states, values: after keys, numbers of the first copies of keys that wait, of the state and of values.
-      copies: of a head.
-      early: the first of them, which are asked for before the kernel before is done.
+      early: copies of keys, the first, which are asked for before the kernel before is done.
+      split: heads of which each branch is another program's, those that are left when all programs have as many.
+      programs: that there are.
     """
 
     def __init__(self, B: int, K: int, G: int, S: int, W: int):
@@ -51,15 +81,49 @@ class Call:
         used += 4 * HEAD_DIM * (self.columns + LINEAR)
         self.places = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
         self.waiting_tiles = _most_tiles(S, S - W)
-        # Values wait for the weights of all keys, so keys are first.
-        self.waiting = self.tiles
-        self.states = self.waiting + self.waiting_tiles
-        self.values = self.states + STATE_TILES
-        self.copies = self.values + self.tiles
-        self.early = min(self.places, self.waiting)
+        self.early = min(self.places, self.tiles)
+        rest = B * K % PROGRAMS
+        self.split = rest if 2 * rest <= PROGRAMS else 0
+        self.programs = min(PROGRAMS, B * K + self.split)
+
+    def jobs(self, program):
+        """Returns how many jobs a program has."""
+        whole = self.B * self.K - self.split
+        jobs = jax.lax.div(whole - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+        return jobs + jnp.where(program < 2 * self.split, 1, 0) if self.split else jobs
+
+    def job(self, program, i):
+        """Returns a program's job number i.
+
+        Of a head that is split the linear branch's program, for which the other one waits, begins before that one.
+        """
+        whole, head, branches = self.B * self.K - self.split, program + i * PROGRAMS, ()
+        if self.split:
+            second = (program >= self.split).astype(jnp.int32)
+            is_whole = (head < whole).astype(jnp.int32)
+            head -= (1 - is_whole) * second * self.split
+            branches = jnp.maximum(is_whole, second), jnp.maximum(is_whole, 1 - second)
+        return Job(i, *(operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem)), *branches)
+
+    def copies(self, job):
+        """Returns the `Copies` of a job."""
+        waiting = job.softmax * self.tiles
+        states = waiting + job.linear * self.waiting_tiles
+        values = states + job.linear * STATE_TILES
+        return Copies(waiting, states, values, values + self.value_tiles(job))
+
+    def value_tiles(self, job):
+        """Returns how many tiles of values a job takes: all, or where keys wait."""
+        return job.softmax * self.tiles + (1 - job.softmax) * self.waiting_tiles
+
+    def value_tile(self, job, n, newest, unfolded):
+        """Returns number n of the tiles of values that a job takes; see `waiting_tile`."""
+        if isinstance(job.softmax, int):
+            return n
+        return jnp.where(job.softmax == 1, n, self.waiting_tile(n, newest, unfolded))
 
     def place(self, number):
-        """Returns where in shared memory a head's copy `number` goes; every head begins with the first place."""
+        """Returns where in shared memory a job's copy `number` goes; every job begins with the first place."""
         return jax.lax.rem(number, jnp.int32(self.places))
 
     def waiting_tile(self, n, newest, unfolded):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding import attention_ring_gpu_plan, mosaic_gpu
-from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE, Call
+from rattn.decoding import mosaic_gpu
+from rattn.decoding.attention_ring_gpu_plan import HALF, HEAD_DIM, KEY_WARPGROUPS, LINEAR, STATE_TILES, TILE, Call, Job
 
 
 def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
@@ -31,14 +31,16 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
 
     A warpgroup counts as one arrival at a barrier, and its threads do not wait for each other there:
 
-        keys_full         a tile's copy, once a head; its `Keys` waits
+        keys_full         a tile's copy, once a job; its `Keys` waits
         others_full       a copy of another kind, as often as one comes to the place; Answers waits
         empty             who took a tile from the place; Copies waits, but for the program's first tile there
         new_full          three copies; all wait
-        new_empty         all but Copies; Copies waits, from the third head on
+        new_empty         all but Copies; Copies waits, from the third job on
         maxima_full       both `Keys`, who both wait
         weights_full      both `Keys`; Answers waits
-        weights_empty     Answers; both `Keys` wait, from the second head on
+        weights_empty     Answers; both `Keys` wait, from the second job on
+
+    The linear branch alone is a program's last job, of which `Keys` see nothing.
     """
     bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
     tiled_f32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
@@ -85,31 +87,21 @@ class Warpgroup:
         self.rows, self.states = self.tiles
         self.program = jax.lax.axis_index("program")
 
-    def head(self, i):
-        """Returns the sequence and the key/value head that the program takes as number i."""
-        head = self.program + i * attention_ring_gpu_plan.PROGRAMS
-        return jax.lax.div(head, jnp.int32(self.call.K)), jax.lax.rem(head, jnp.int32(self.call.K))
-
-    def heads(self):
-        """Returns how many heads the program takes."""
-        heads, programs = self.call.B * self.call.K, attention_ring_gpu_plan.PROGRAMS
-        return jax.lax.div(heads - self.program + programs - 1, jnp.int32(programs))
-
     def new_slot(self, i):
-        """Returns where what is new of head i lies, in turns."""
+        """Returns where what is new of job i lies, in turns."""
         return jax.lax.rem(i, jnp.int32(2))
 
-    def for_heads(self, work: Callable[..., None]) -> None:
-        """Does work(i, sequence, head) for all heads of the program."""
-        if self.call.B * self.call.K <= attention_ring_gpu_plan.PROGRAMS:
-            work(jnp.int32(0), *self.head(jnp.int32(0)))
-            return
+    def for_jobs(self, work: Callable[[Job], None]) -> None:
+        """Does work(job) for all jobs of the program."""
 
         def body(i, _):
-            work(i, *self.head(i))
+            work(self.call.job(self.program, i))
             return ()
 
-        jax.lax.fori_loop(0, self.heads(), body, ())
+        if self.call.B * self.call.K + self.call.split == self.call.programs:  # One each.
+            body(jnp.int32(0), ())
+        else:
+            jax.lax.fori_loop(0, self.call.jobs(self.program), body, ())
 
     def wait_for_kernel_before(self):
         """Waits until the kernel before this one is done, and so what it and those before it have written is there.
@@ -119,6 +111,10 @@ class Warpgroup:
         """
         if not self.plan.interpret:
             plgpu.griddepcontrol_wait()
+
+    def if_one(self, branch: jax.Array | int, work: Callable[[], None]) -> None:
+        """Does the work if a job has a branch, which is known now where all jobs are whole heads."""
+        work() if isinstance(branch, int) else pl.when(branch == 1)(work)
 
     def multiply(self, *products):
         """Returns Σ x · otherᵀ, float32 [TILE, columns], of each (x in registers, others in shared memory, columns)."""
@@ -152,35 +148,30 @@ class Copies(Warpgroup):
         """Copies what all heads need, as soon as there is room; what is new, when it is written."""
         if not self.plan.interpret:
             plgpu.griddepcontrol_launch_dependents()
-        call, heads = self.call, self.heads()
+        call, jobs = self.call, self.call.jobs(self.program)
 
-        def of_head(i, b, h):
-            def copy(begin, end):
-                for kind, lowest, highest in (
-                    ("k", 0, call.waiting),
-                    ("w", call.waiting, call.states),
-                    ("s", call.states, call.values),
-                    ("v", call.values, call.copies),
-                ):
-                    self.copy_tiles(i, b, h, kind, lowest, max(begin, lowest), min(end, highest))
+        def of_job(job):
+            first = call.copies(job)
+            early = job.softmax * call.early
+            self.copy_tiles(job, "k", 0, 0, early)
 
-            copy(0, call.early)
-
-            @pl.when(i == 0)
+            @pl.when(job.i == 0)
             def _():
                 self.wait_for_kernel_before()
-                self.copy_new(i)
+                self.copy_new(job)
 
-            copy(call.early, call.values)
-            # While the head's last keys are weighed.
-            pl.when(i + 1 < heads)(lambda: self.copy_new(i + 1))
-            copy(call.values, call.copies)
+            self.copy_tiles(job, "k", 0, early, first.waiting)
+            self.copy_tiles(job, "w", first.waiting, first.waiting, first.states)
+            self.copy_tiles(job, "s", first.states, first.states, first.values)
+            # While the job's last keys are weighed.
+            pl.when(job.i + 1 < jobs)(lambda: self.copy_new(call.job(self.program, job.i + 1)))
+            self.copy_tiles(job, "v", first.values, first.values, first.end)
 
-        self.for_heads(of_head)
+        self.for_jobs(of_job)
 
-    def copy_tiles(self, i, b, h, kind, first, begin, end):
-        """Copies a head's copies from `begin` to `end`, all of one kind, whose first is `first`."""
-        call = self.call
+    def copy_tiles(self, job, kind, first, begin, end):
+        """Copies a job's copies from `begin` to `end`, all of one kind, whose first is `first`."""
+        call, (i, b, h, *_) = self.call, job
 
         def body(number, _):
             n, place = number - first, call.place(number)
@@ -191,19 +182,22 @@ class Copies(Warpgroup):
                 source, into = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
             else:
                 # What is past the ring's end reads as zeros.
-                tile = call.waiting_tile(n, self.counts[b, 0], self.counts[b, 2]) if kind == "w" else n
+                tile = n
+                if kind == "w":
+                    tile = call.waiting_tile(n, self.counts[b, 0], self.counts[b, 2])
+                elif kind == "v":
+                    tile = call.value_tile(job, n, self.counts[b, 0], self.counts[b, 2])
                 source, into = (self.v if kind == "v" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
             full = self.keys_full.at[n] if kind == "k" else self.others_full.at[place]
             plgpu.copy_gmem_to_smem(source, into.at[place], full)
             return ()
 
-        if begin < end:
+        if not (isinstance(end, int) and begin >= end):
             jax.lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, ())
 
-    def copy_new(self, i):
+    def copy_new(self, job):
         """Copies a head's new queries, twice, and the new key and value."""
-        call, (b, h) = self.call, self.head(i)
-        Q, G = call.Q, call.G
+        (i, b, h, *_), Q, G = job, self.call.Q, self.call.G
         slot = self.new_slot(i)
         mosaic_gpu.wait_if(i >= 2, self.new_empty.at[slot])
         for first, source, count in ((0, 0, G), (Q, 0, G), (2 * Q, G, 2)):

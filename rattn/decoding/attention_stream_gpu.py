@@ -33,7 +33,6 @@ from rattn.decoding.attention_stream_gpu_plan import (
     COLUMNS,
     HALF,
     HEAD_DIM,
-    MULTIPROCESSORS,
     PAIRS,
     TAKERS,
     TILE,
@@ -67,11 +66,6 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
         and slots >= TILE
         and slots % 8 == 0
     )
-
-
-def none_ready() -> jax.Array:
-    """Returns what a first call takes as `ready`."""
-    return jnp.zeros(MULTIPROCESSORS, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +103,7 @@ def attend(
       k_BKSH: bfloat16, keys without the new one, which takes its slot; what is past the end is dropped.
       v_BKSH: bfloat16, values, likewise.
       moment: of `moment`.
-      ready_P: int32, where programs say that a part is there; `none_ready`, also when the kernel is done.
+      ready_P: int32, where programs say that a part is there; `mosaic_gpu.none_ready`, also when the kernel is done.
       scales: float32 [H], of the norms of query and key, where there are any.
     """
     B, K, S, H = k_BKSH.shape
@@ -357,7 +351,7 @@ class Taker(Warpgroup):
             self.parts.at[self.program][...] = o
             for n, x in enumerate((most, total)):
                 self.part_sums.at[self.program, n][...] = x
-            self.say_ready()
+            mosaic_gpu.say_ready(self.ready.at[self.program], self.plan.interpret)
 
         @pl.when(begin == 0)
         def _():
@@ -374,27 +368,10 @@ class Taker(Warpgroup):
     def add_part(self, n, carry):
         """Waits for the part of the program that is so many further, and adds it."""
         program = self.program + n
-        self.wait_until_ready(program)
+        mosaic_gpu.take_ready(self.ready.at[program], self.plan.interpret)
         sums = self.part_sums.at[program]
         most, total = (self.column(sums.at[which]) for which in (0, 1))
         return combined(carry, (most, total, plgpu.load(self.parts.at[program], layout=WGMMA, optimized=False)))
-
-    def say_ready(self):
-        """Says that the program's part is there."""
-        ready = self.ready.at[self.program]
-        if self.plan.interpret:
-            ready[...] = jnp.int32(1)
-        else:
-            mosaic_gpu.count(ready)
-
-    def wait_until_ready(self, program):
-        """Waits for a program's part, and has it say so anew next time."""
-        ready = self.ready.at[program]
-        if self.plan.interpret:
-            jax.lax.while_loop(lambda found: found < 1, lambda _: ready[...], ready[...])
-        else:
-            mosaic_gpu.wait_for_count(ready, 1)
-        ready[...] = jnp.int32(0)
 
     def finish(self, b, h, o):
         """Writes a head's result, from [H, COLUMNS]."""

@@ -15,8 +15,8 @@ HEAD_DIM, HALF = 128, 64
 TILE, PAIRS, TAKERS = 64, 6, 2
 # Columns of a product: the fewest that there can be. Those past a head's queries are nothing.
 COLUMNS = 8
-# Programs at most, the multiprocessors of an H100 or H200; and at least, in percent of the multiprocessors.
-MULTIPROCESSORS, LEAST_PERCENT = 132, 94
+# Programs at least, in percent of the multiprocessors.
+LEAST_PERCENT = 94
 
 
 class Moment(NamedTuple):
@@ -105,7 +105,7 @@ def programs_of(heads: int) -> int:
 
     Less if so no head is divided where all sequences are as long.
     """
-    most = min(devices.multiprocessors() or MULTIPROCESSORS, MULTIPROCESSORS)
+    most = min(devices.multiprocessors() or mosaic_gpu.MULTIPROCESSORS, mosaic_gpu.MULTIPROCESSORS)
     few = range(most, most * LEAST_PERCENT // 100, -1)
     return next((count for count in few if heads % count == 0), most)
 

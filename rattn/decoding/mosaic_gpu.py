@@ -22,6 +22,8 @@ WARPGROUP, CHUNK = 128, 16
 LINE = 64
 # Rows that a warpgroup multiplies, whatever there are: the fewest that tensor cores take.
 GROUP_ROWS = 64
+# Multiprocessors of an H100 or H200; with another number only speed differs.
+MULTIPROCESSORS = 132
 # How sums of products lie, and tiles that they read.
 WGMMA = plgpu.Layout.WGMMA
 TRANSFORMS = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(2 * LINE))
@@ -225,6 +227,28 @@ def wait_for_count(counter, value):
         _assembly("fence.proxy.async;")  # For what the copy engine reads.
 
     wait(counter)
+
+
+def none_ready() -> jax.Array:
+    """Returns what a first call of attention takes as `ready`: for each program whether a part of its is there."""
+    return jnp.zeros(MULTIPROCESSORS, jnp.int32)
+
+
+def say_ready(ready, interpret):
+    """Sets an int32 of device memory to one, after all that the warpgroup has written."""
+    if interpret:
+        ready[...] = jnp.int32(1)
+    else:
+        count(ready)
+
+
+def take_ready(ready, interpret):
+    """Waits until `say_ready` was called for an int32 of device memory, and clears it for the next time."""
+    if interpret:
+        jax.lax.while_loop(lambda found: found < 1, lambda _: ready[...], ready[...])
+    else:
+        wait_for_count(ready, 1)
+    ready[...] = jnp.int32(0)
 
 
 def _assembly(text, constraints="", *operands):

@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan
+from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan, mosaic_gpu
 from rattn.decoding.attention_ring_gpu import Plan
-from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call
+from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call, Job
 from rattn.model.layers import rms_norm, rope_angles, rotate
 from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, lowered_step, races
 
@@ -68,24 +68,35 @@ def by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, bran
 
 
 def assert_the_rings_never_wait_for_themselves(call):
-    """Plays the warpgroups' waits for three heads: a kernel that waits for itself would never end, nor its test."""
+    """Plays the warpgroups' waits: a kernel that waits for itself would never end, nor its test.
+
+    Three heads, two and the softmax or the linear branch of a third, and a branch alone.
+    """
+    whole, softmax, linear = (1, 1), (1, 0), (0, 1)
+    for branches in (whole,) * 3, (whole, whole, softmax), (whole, whole, linear), (softmax,), (linear,):
+        assert_it_never_waits_for_itself(call, [Job(i, 0, 0, *each) for i, each in enumerate(branches)])
+
+
+def assert_it_never_waits_for_itself(call, jobs):
     assert call.places > 1
-    programs, heads = {"copy": [], "answers": [], 0: [], 1: []}, 3
-    for i in range(heads):
-        copies = [("copy", (i, number)) for number in range(call.copies)]
-        # What is new is copied for the first head when there is no more room, for others before the values in front.
-        programs["copy"] += copies[: call.early] + ([("copy", (0, "new"))] if i == 0 else [])
-        programs["copy"] += copies[call.early : call.values]
-        programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < heads else []) + copies[call.values :]
-        for number in range(KEY_WARPGROUPS):
+    programs = {"copy": [], "answers": [], 0: [], 1: []}
+    for job in jobs:
+        i, first = job.i, call.copies(job)
+        copies = [("copy", (i, number)) for number in range(first.end)]
+        early = call.early * job.softmax
+        # What is new is copied for the first job when there is no more room, for others before the values in front.
+        programs["copy"] += copies[:early] + ([("copy", (0, "new"))] if i == 0 else [])
+        programs["copy"] += copies[early : first.values]
+        programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < len(jobs) else []) + copies[first.values :]
+        for number in range(KEY_WARPGROUPS if job.softmax else 0):
             programs[number] += [("need", (i, "new"))]
             programs[number] += [("take", (i, t)) for t in range(number, call.tiles, KEY_WARPGROUPS)]
             programs[number] += [("need", (i - 1, "answer"))] if i else []
             programs[number] += [("make", (i, "weights", number))]
         programs["answers"] += [("need", (i, "new"))]
-        programs["answers"] += [("take", (i, n)) for n in range(call.waiting, call.values)]
-        programs["answers"] += [("need", (i, "weights", number)) for number in (0, 1)]
-        programs["answers"] += [("take", (i, n)) for n in range(call.values, call.copies)] + [("make", (i, "answer"))]
+        programs["answers"] += [("take", (i, n)) for n in range(first.waiting, first.values)]
+        programs["answers"] += [("need", (i, "weights", number)) for number in (0, 1) if job.softmax]
+        programs["answers"] += [("take", (i, n)) for n in range(first.values, first.end)] + [("make", (i, "answer"))]
     used, made, room = {}, set(), {"new": 2}
 
     def place(number):
@@ -133,11 +144,12 @@ def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, nor
     wanted = by_hand(plan, qkv, k, v, state, newest, known, unfolded, theta, scales, branch_scales)
 
     @jax.jit
-    def attend(qkv, k, v, state, newest, known, unfolded, scales, branch_scales):
+    def attend(qkv, k, v, state, newest, known, unfolded, scales, branch_scales, ready):
         moment = attention_ring_gpu.moment(newest, known, unfolded, slots, group, H, theta)
         turns = attention_ring_gpu.turns(H, theta, scales[1] if normed else None, jnp.bfloat16)
-        return attention_ring_gpu.attend(plan, qkv, k, v, state, moment, turns, scales, branch_scales)
+        return attention_ring_gpu.attend(plan, qkv, k, v, state, moment, turns, scales, branch_scales, ready)
 
+    ready = mosaic_gpu.none_ready()
     given = qkv, k, v, state, np.int32(newest), known, np.int32(unfolded), scales
     zeros = np.zeros_like(branch_scales[0])
     # As the Triton kernel's test derives them: the weights and the result, what enters scores, what a norm makes of a
@@ -147,7 +159,8 @@ def check(batch, heads, group, window, fold_tokens, newest, unfolded, theta, nor
         ((zeros, branch_scales[1]), wanted[1], 5),
         (branch_scales, sum(wanted), 3 + 5.5),
     ):
-        found, kept_k, kept_v = attend(*given, branches)
+        found, kept_k, kept_v, ready = attend(*given, branches, ready)
+        assert not np.any(ready)
         assert 0 < roundings(found, want) < most
     for before, after, row in ((k, kept_k, group), (v, kept_v, group + 1)):
         want = np.array(before)
@@ -173,6 +186,44 @@ def test_both_branches_by_hand(interpreter, monkeypatch, capsys, case):
     monkeypatch.setattr(attention_ring_gpu_plan, "PROGRAMS", 1)
     check(*case, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert not races(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    [
+        # The batch is of heads: a branch each, and after a head each.
+        ((1, 1, 4, 100, 28, 90, 20, THETA, True), 2),
+        ((3, 1, 4, 100, 28, 12, 28, THETA, True), 2),
+        ((3, 1, 5, 512, 32, 511, 9, None, True), 2),
+    ],
+)
+def test_a_head_that_is_two_programs(interpreter, monkeypatch, capsys, case, programs):
+    """The one with the linear branch is interpreted first, as it begins first on a GPU."""
+    monkeypatch.setattr(attention_ring_gpu_plan, "PROGRAMS", programs)
+    check(*case, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    # The search knows of no program that waits for another's number in device memory.
+    waits = "(take_ready)", ".take)"
+    assert not [race for race in races(capsys.readouterr().out) if not any(name in race for name in waits)]
+
+
+@pytest.mark.parametrize("heads", [1, 32, 66, 67, 128, 132, 160, 192, 198, 199, 256, 330, 512])
+def test_every_branch_of_every_head_is_one_programs(heads):
+    call = Call(heads, 1, 4, 544, 512)
+    branches, loads = {}, []
+    for program in range(call.programs):
+        jobs = [call.job(np.int32(program), np.int32(i)) for i in range(call.jobs(np.int32(program)))]
+        loads.append(sum(int(call.copies(job).end) for job in jobs))
+        for job in jobs:
+            for branch in ("softmax", "linear"):
+                if getattr(job, branch):
+                    assert branches.setdefault((int(job.b), branch), program) == program
+    assert len(branches) == 2 * heads
+    for b in range(heads):
+        # Who waits for another began after it.
+        assert branches[b, "linear"] <= branches[b, "softmax"]
+    whole = call.tiles * 2 + call.waiting_tiles + 8
+    most = -(-heads // 132) * whole
+    assert max(loads) == (most - whole + 2 * call.tiles if 0 < heads % 132 <= 66 else most)
 
 
 @pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (4, 1088), (3, 1056), (8, 1088)])
@@ -224,6 +275,8 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatc
         (3, 2, 4, 512, 32, 511, 32, None, True),
         (3, 2, 5, 512, 32, 300, 9, THETA, True),
         (150, 4, 4, 128, 32, 70, 20, THETA, True),  # several heads a program
+        (48, 4, 4, 512, 32, 70, 20, THETA, True),  # a head and a branch
+        (48, 4, 4, 512, 32, 530, 32, THETA, True),
         (2, 1, 3, 1024, 32, 1040, 0, THETA, False),
         (64, 4, 8, 1024, 64, 0, 64, THETA, True),
     ],

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rattn.decoding import attention, attention_ring_gpu, attention_stream_gpu, attention_stream_gpu_plan
+from rattn.decoding import (
+    attention,
+    attention_ring_gpu,
+    attention_stream_gpu,
+    attention_stream_gpu_plan,
+    mosaic_gpu,
+)
 from rattn.decoding.attention_stream_gpu_plan import HEAD_DIM, PAIRS, TAKERS, TILE
 from rattn.decoding.cache import Clock
 from rattn.model.layers import rope_angles
@@ -47,7 +53,7 @@ def check(newest, known, slots, window, heads, group, normed, rotated, interpret
 
     q = positioned(qkv[:, :, :group], scales and scales[0], angles)
     new_k = positioned(qkv[:, :, group : group + 1], scales and scales[1], angles)
-    found, kept_k, kept_v, ready = attend(qkv, k, v, newest, known, attention_stream_gpu.none_ready())
+    found, kept_k, kept_v, ready = attend(qkv, k, v, newest, known, mosaic_gpu.none_ready())
     for _ in range(times - 1):
         found, kept_k, kept_v, ready = attend(qkv, kept_k, kept_v, newest, known, ready)
     assert not np.any(ready)
