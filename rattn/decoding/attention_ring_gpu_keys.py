@@ -36,7 +36,7 @@ class Keys(Warpgroup):
         self.wait_for_kernel_before()
 
         def weigh(job):
-            self.if_one(job.softmax, lambda: self.weigh(table, job.i, job.b))
+            self.if_one(job.softmax, lambda: self.weigh(table, job))
 
         self.for_jobs(weigh)
 
@@ -44,9 +44,9 @@ class Keys(Warpgroup):
         """Returns the warpgroup's tile number n."""
         return self.taker + n * KEY_WARPGROUPS
 
-    def weigh(self, table, i, b):
+    def weigh(self, table, job):
         """Writes the softmax branch's weights of a head's keys, their maximum and sums."""
-        call = self.call
+        call, i, b = self.call, job.i, job.b
         newest, known = self.counts[b, 0], self.counts[b, 1]
         reach = jnp.minimum(call.W, known)
         with jax.named_scope("turn queries"):
@@ -59,7 +59,7 @@ class Keys(Warpgroup):
 
         def of_tile(n, scores):
             t = self.tile(n)
-            place = call.place(t)
+            place = call.place(call.copies(job).keys + t)
             with jax.named_scope("wait for keys"):
                 plgpu.barrier_wait(self.keys_full.at[t])
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves(self.rows.at[place])]

@@ -21,7 +21,7 @@ SHARED_BYTES, SMALL_BYTES = 224 * 1024, 6 * 1024
 # Warpgroups that take keys, and the number of the first.
 KEY_WARPGROUPS, FIRST_TAKER = 2, 2
 # Registers of a thread that copies, that takes keys, that takes the rest: at most 512 with two that take keys.
-COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 128
+COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 136
 # One a multiprocessor.
 PROGRAMS = MULTIPROCESSORS
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
@@ -45,11 +45,12 @@ class Job(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Numbers of a job's first copies of keys that wait, of the state and of values, and how many there are.
+    """Numbers of a job's first copies of keys, of keys that wait, of the state and of values, and of the next job's.
 
-    Keys are first, for values wait for the weights of all keys.
+    Keys are first, for values wait for the weights of all keys. All copies of a program are numbered in one line.
     """
 
+    keys: jax.Array | int
     waiting: jax.Array | int
     states: jax.Array | int
     values: jax.Array | int
@@ -66,6 +67,7 @@ class Call:
       most_key_tiles: that one of the warpgroups takes that take keys.
       places: tiles that shared memory holds at a time.
       waiting_tiles: the most in which keys wait for the fold.
+      copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
       split: heads of which each branch is another program's, those that are left when all programs have as many.
       programs: that there are.
@@ -81,10 +83,11 @@ class Call:
         used += 4 * HEAD_DIM * (self.columns + LINEAR)
         self.places = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
         self.waiting_tiles = _most_tiles(S, S - W)
+        self.copies_of_a_head = self.tiles + self.waiting_tiles + STATE_TILES + self.tiles
         self.early = min(self.places, self.tiles)
         rest = B * K % PROGRAMS
-        self.split = rest if 2 * rest <= PROGRAMS else 0
-        self.programs = min(PROGRAMS, B * K + self.split)
+        self.split = rest if rest < B * K and 2 * rest <= PROGRAMS else 0
+        self.programs = min(PROGRAMS, B * K)
 
     def jobs(self, program):
         """Returns how many jobs a program has."""
@@ -106,11 +109,12 @@ class Call:
         return Job(i, *(operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem)), *branches)
 
     def copies(self, job):
-        """Returns the `Copies` of a job."""
-        waiting = job.softmax * self.tiles
+        """Returns the `Copies` of a job; those before it are whole heads."""
+        keys = job.i * self.copies_of_a_head
+        waiting = keys + job.softmax * self.tiles
         states = waiting + job.linear * self.waiting_tiles
         values = states + job.linear * STATE_TILES
-        return Copies(waiting, states, values, values + self.value_tiles(job))
+        return Copies(keys, waiting, states, values, values + self.value_tiles(job))
 
     def value_tiles(self, job):
         """Returns how many tiles of values a job takes: all, or where keys wait."""
@@ -123,7 +127,7 @@ class Call:
         return jnp.where(job.softmax == 1, n, self.waiting_tile(n, newest, unfolded))
 
     def place(self, number):
-        """Returns where in shared memory a job's copy `number` goes; every job begins with the first place."""
+        """Returns where in shared memory a program's copy `number` goes."""
         return jax.lax.rem(number, jnp.int32(self.places))
 
     def waiting_tile(self, n, newest, unfolded):

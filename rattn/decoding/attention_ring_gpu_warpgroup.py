@@ -76,6 +76,10 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
     }
 
 
+# Copies of a program that are on their way: with more all else that a program reads, its code too, comes later.
+ON_THE_WAY = 4
+
+
 class Warpgroup:
     """One warpgroup of a program, with the arrays of device memory and what is in shared memory."""
 
@@ -98,7 +102,7 @@ class Warpgroup:
             work(self.call.job(self.program, i))
             return ()
 
-        if self.call.B * self.call.K + self.call.split == self.call.programs:  # One each.
+        if self.call.programs == self.call.B * self.call.K:  # One each.
             body(jnp.int32(0), ())
         else:
             jax.lax.fori_loop(0, self.call.jobs(self.program), body, ())
@@ -152,15 +156,17 @@ class Copies(Warpgroup):
 
         def of_job(job):
             first = call.copies(job)
-            early = job.softmax * call.early
-            self.copy_tiles(job, "k", 0, 0, early)
+            early = first.keys + job.softmax * call.early
+            self.copy_tiles(job, "k", first.keys, first.keys, early, waits=job.i > 0)
 
             @pl.when(job.i == 0)
             def _():
                 self.wait_for_kernel_before()
                 self.copy_new(job)
+                wait = lambda n, _: plgpu.barrier_wait(self.keys_full.at[n])  # noqa: E731
+                jax.lax.fori_loop(0, job.softmax * max(call.early - ON_THE_WAY, 0), wait, None)
 
-            self.copy_tiles(job, "k", 0, early, first.waiting)
+            self.copy_tiles(job, "k", first.keys, early, first.waiting)
             self.copy_tiles(job, "w", first.waiting, first.waiting, first.states)
             self.copy_tiles(job, "s", first.states, first.states, first.values)
             # While the job's last keys are weighed.
@@ -169,13 +175,23 @@ class Copies(Warpgroup):
 
         self.for_jobs(of_job)
 
-    def copy_tiles(self, job, kind, first, begin, end):
+    def wait_for_another(self, job, number, condition):
+        """Waits until the copy that is ON_THE_WAY before this one has come, if `condition` is true."""
+        before, first = number - ON_THE_WAY, self.call.copies(job)
+        keys = (before >= first.keys) & (before < first.waiting)
+        others = (before >= 0) & ((before < first.keys) | (before >= first.waiting))
+        mosaic_gpu.wait_if(condition & keys, self.keys_full.at[jnp.where(keys, before - first.keys, 0)])
+        mosaic_gpu.wait_if(condition & others, self.others_full.at[self.call.place(jnp.maximum(before, 0))])
+
+    def copy_tiles(self, job, kind, first, begin, end, waits=True):
         """Copies a job's copies from `begin` to `end`, all of one kind, whose first is `first`."""
-        call, (i, b, h, *_) = self.call, job
+        call, b, h = self.call, job.b, job.h
 
         def body(number, _):
             n, place = number - first, call.place(number)
-            mosaic_gpu.wait_if((number >= call.places) | (i > 0), self.empty.at[place])
+            if ON_THE_WAY < 99:
+                self.wait_for_another(job, number, waits)
+            mosaic_gpu.wait_if(number >= call.places, self.empty.at[place])
             if kind == "s":
                 tiles = jnp.int32(STATE_TILES // 2)
                 half, tile = jax.lax.div(n, tiles), jax.lax.rem(n, tiles)
@@ -192,8 +208,7 @@ class Copies(Warpgroup):
             plgpu.copy_gmem_to_smem(source, into.at[place], full)
             return ()
 
-        if not (isinstance(end, int) and begin >= end):
-            jax.lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, ())
+        jax.lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, ())
 
     def copy_new(self, job):
         """Copies a head's new queries, twice, and the new key and value."""

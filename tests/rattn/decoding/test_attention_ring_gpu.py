@@ -82,15 +82,15 @@ def assert_it_never_waits_for_itself(call, jobs):
     programs = {"copy": [], "answers": [], 0: [], 1: []}
     for job in jobs:
         i, first = job.i, call.copies(job)
-        copies = [("copy", (i, number)) for number in range(first.end)]
-        early = call.early * job.softmax
+        copies = [("copy", (i, number)) for number in range(first.keys, first.end)]
+        early, values = call.early * job.softmax, first.values - first.keys
         # What is new is copied for the first job when there is no more room, for others before the values in front.
         programs["copy"] += copies[:early] + ([("copy", (0, "new"))] if i == 0 else [])
-        programs["copy"] += copies[early : first.values]
-        programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < len(jobs) else []) + copies[first.values :]
+        programs["copy"] += copies[early:values]
+        programs["copy"] += ([("copy", (i + 1, "new"))] if i + 1 < len(jobs) else []) + copies[values:]
         for number in range(KEY_WARPGROUPS if job.softmax else 0):
             programs[number] += [("need", (i, "new"))]
-            programs[number] += [("take", (i, t)) for t in range(number, call.tiles, KEY_WARPGROUPS)]
+            programs[number] += [("take", (i, n)) for n in range(first.keys + number, first.waiting, KEY_WARPGROUPS)]
             programs[number] += [("need", (i - 1, "answer"))] if i else []
             programs[number] += [("make", (i, "weights", number))]
         programs["answers"] += [("need", (i, "new"))]
@@ -212,7 +212,7 @@ def test_every_branch_of_every_head_is_one_programs(heads):
     branches, loads = {}, []
     for program in range(call.programs):
         jobs = [call.job(np.int32(program), np.int32(i)) for i in range(call.jobs(np.int32(program)))]
-        loads.append(sum(int(call.copies(job).end) for job in jobs))
+        loads.append(int(call.copies(jobs[-1]).end))
         for job in jobs:
             for branch in ("softmax", "linear"):
                 if getattr(job, branch):
