@@ -263,27 +263,22 @@ class _Program:
 
     def add(self, name, residual, wanted, which):
         """Adds a product to the program's part of the residual stream, rounds it and leaves its squares."""
-        product = self.products[name]
+        product, kept = self.products[name], self.plan.kept
         # On the way while the product is multiplied.
         x = plgpu.load(residual.at[self.group_rows, self.columns], layout=WGMMA, optimized=False)
         sums, self.slots = self.multiply(product, self.slots)
-        y = x.astype(jnp.float32) + self.halves_added(sums)
-        y = y.astype(jnp.bfloat16)
-        self.found[wanted].at[self.group_rows, self.columns][...] = y
-        wide = y.astype(jnp.float32)
-        self.found["squares"].at[which, self.group_rows, self.number][...] = (wide * wide).sum(axis=1)
-
-    def halves_added(self, sums):
-        """Returns the program's half of the columns of a tile whose sum its pair shares, with what the other found."""
-        kept = sums.shape[1] // SIDES
         halves, second = (sums[:, :kept], sums[:, kept:]), jnp.broadcast_to(self.side == 1, (GROUP_ROWS, kept))
         mine, theirs = (jnp.where(second, *order) for order in (halves[::-1], halves))
-        half = self.half.at[self.group, pl.ds(0, GROUP_ROWS), pl.ds(0, kept)]
+        half = self.half.at[self.group]
         plgpu.async_store_smem(
             theirs, half, self.half_full, cluster_idx=1 - self.side, cluster_dim="side", optimized=False
         )
         plgpu.barrier_wait(self.half_full)
-        return mine + plgpu.load(half, layout=WGMMA, optimized=False)
+        y = x.astype(jnp.float32) + (mine + plgpu.load(half, layout=WGMMA, optimized=False))
+        y = y.astype(jnp.bfloat16)
+        self.found[wanted].at[self.group_rows, self.columns][...] = y
+        wide = y.astype(jnp.float32)
+        self.found["squares"].at[which, self.group_rows, self.number][...] = (wide * wide).sum(axis=1)
 
     def normed_tiles(self, name, which):
         """Writes the program's tiles of "gate_up" or "qkv"."""
@@ -295,9 +290,6 @@ class _Program:
         def tile(i, slots):
             first = self.first_column(product, i)
             y, slots = self.multiply(product, slots)
-            if product.shared:
-                y = self.halves_added(y)
-                first += self.side * y.shape[1]
             y = y * jax.lax.broadcast_in_dim(inverse, y.shape, [0])
             if name == "gate_up":
                 for n in range(0, product.tile, 2 * GATE_COLUMNS):
@@ -306,7 +298,7 @@ class _Program:
                     hidden = (plan.activation(gate) * up).astype(jnp.bfloat16)
                     self.found["hidden"].at[self.group_rows, columns][...] = hidden
             else:
-                self.found[name].at[self.group_rows, pl.ds(first, y.shape[1])][...] = y.astype(jnp.bfloat16)
+                self.found[name].at[self.group_rows, pl.ds(first, product.tile)][...] = y.astype(jnp.bfloat16)
             return slots
 
         self.slots = jax.lax.fori_loop(0, self.tiles(product), tile, self.slots)

@@ -23,13 +23,11 @@ LEAST_ROWS, MOST_ROWS = 33, 2 * GROUP_ROWS
 WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 # Weight columns of a tile at most, and their numbers at a time at least: a line of shared memory, or of the cache.
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
-# Columns that a product's result has in a row of shared memory before the next row's.
-COLUMN_TILE = 8
 # Bytes of a multiprocessor's 227 KiB that are used.
 SHARED_BYTES = 225 * 1024
 # Those of rows, where one warpgroup multiplies and where two do; and the numbers of a row that are copied at a time,
 # the second where fewer than LEAST_SLOTS slots of the first have room.
-ROW_BYTES, ROW_NUMBERS, LEAST_SLOTS = (104 * 1024, 128 * 1024), (256, 128, 64), 4
+ROW_BYTES, ROW_NUMBERS, LEAST_SLOTS = (80 * 1024, 112 * 1024), (128, 64), 4
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -94,8 +92,6 @@ def divided(name: str, columns: int, length: int) -> Product:
         # Who writes a part of the residual stream keeps it, half of a tile, in lines that shared memory swizzles.
         tile = columns // PAIRS if columns in (8 * PROGRAMS, 16 * PROGRAMS, 32 * PROGRAMS) else 0
         return Product(columns, length // SIDES, tile, shared=True)
-    if columns % (2 * COLUMN_TILE * PAIRS) == 0 and columns <= MOST_COLUMNS * PAIRS:
-        return Product(columns, length // SIDES, columns // PAIRS, shared=True)
     tiles = [tile for tile in range(8, MOST_COLUMNS + 1, 8) if columns % (tile * SIDES) == 0]
     few = [tile for tile in tiles if columns // tile <= PROGRAMS]
     return Product(columns, length, min(few) if few else max(tiles, default=0))
@@ -157,8 +153,7 @@ class Plan:
         self.row_numbers = next((n for n in ROW_NUMBERS if row_slots_of(n) >= LEAST_SLOTS), ROW_NUMBERS[-1])
         row_slots = row_slots_of(self.row_numbers)
         self._rows_with_rest = (row_slots - 1) * self.rows + read
-        self._half = max(product.tile // SIDES for product in self.products.values() if product.shared)
-        used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self._half
+        used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self.kept
         self.slots = {"weights": (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS), "rows": row_slots}
         assert min(self.slots.values()) > 1, "A ring of one slot would wait for itself."
         # A slot is free when the one after it is multiplied, and so one is left.
@@ -186,12 +181,12 @@ class Plan:
         """Types of a program's shared memory, by the names that it has for them."""
         weights, rows = self.slots["weights"], self.slots["rows"]
         rings = [(weights, WEIGHT_NUMBERS // depth, depth) for depth in self.depths]
-        halves = plgpu.TilingTransform((8, COLUMN_TILE)), plgpu.SwizzleTransform(4 * COLUMN_TILE)
+        halves = plgpu.TilingTransform((8, self.kept)), plgpu.SwizzleTransform(4 * self.kept)
         by_both = {"collective_axes": ("side",), "num_arrivals": self.groups}
         return {
             "rings": plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS) for shape in rings)),
             "rows": plgpu.SMEM((self._rows_with_rest, self.row_numbers), jnp.bfloat16, transforms=TRANSFORMS),
-            "half": plgpu.SMEM((self.groups, GROUP_ROWS, self._half), jnp.float32, transforms=halves),
+            "half": plgpu.SMEM((self.groups, GROUP_ROWS, self.kept), jnp.float32, transforms=halves),
             "weights_full": plgpu.Barrier(num_barriers=weights),
             "weights_empty": plgpu.Barrier(num_arrivals=self.groups, num_barriers=weights),
             "rows_full": plgpu.Barrier(num_barriers=rows),
