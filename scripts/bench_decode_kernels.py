@@ -240,7 +240,8 @@ def products_case(model, text, rings=()):
     variants = {"in use": (products_persistent_plan, {})}
     for ring in rings if persistent else ():
         kib, late = map(int, ring.split(":"))
-        variants[ring] = products_persistent_plan, {"ROW_BYTES": (kib * 1024,) * 2, "LATE": late}
+        sizes = tuple(tuple((n, kib * 1024) for n, _ in of) for of in products_persistent_plan.ROW_RINGS)
+        variants[ring] = products_persistent_plan, {"ROW_RINGS": sizes, "LATE": late}
     size = 2 * sum(x.size for x in weights.values())
     kernels, profiled = (1, (products_persistent_gpu, products_persistent_plan)) if persistent else (4, None)
     return Case(text, size, (own, shared), run, variants, kernels, profiled)

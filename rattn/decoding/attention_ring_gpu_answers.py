@@ -44,7 +44,7 @@ class Answers(Warpgroup):
     def read_linear(self, job):
         """Takes what only the linear branch needs: weights of keys that wait, and the state."""
         call = self.call
-        first = call.copies(job)
+        first = call.numbers(job)
         with jax.named_scope("phi"):
             self.store_phi(job.i)
         with jax.named_scope("weigh waiting"):
@@ -137,7 +137,7 @@ class Answers(Warpgroup):
 
     def read_values(self, job):
         """Returns values times weights, float32 [HEAD_DIM, columns]; those of a branch that it lacks are nothing."""
-        call, first = self.call, self.call.copies(job)
+        call, first = self.call, self.call.numbers(job)
         newest, unfolded = self.counts[job.b, 0], self.counts[job.b, 2]
 
         def scope(sums):

@@ -59,7 +59,7 @@ class Keys(Warpgroup):
 
         def of_tile(n, scores):
             t = self.tile(n)
-            place = call.place(call.copies(job).keys + t)
+            place = call.place(call.numbers(job).keys + t)
             with jax.named_scope("wait for keys"):
                 plgpu.barrier_wait(self.keys_full.at[t])
             keys = [plgpu.load(half, layout=WGMMA, optimized=False) for half in halves(self.rows.at[place])]

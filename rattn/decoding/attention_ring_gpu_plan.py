@@ -24,6 +24,8 @@ KEY_WARPGROUPS, FIRST_TAKER = 2, 2
 COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 136
 # One a multiprocessor.
 PROGRAMS = MULTIPROCESSORS
+# Copies of a program that are on their way at a time: with more all else comes later that it reads, its code too.
+ON_THE_WAY = 4
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
 
@@ -44,10 +46,10 @@ class Job(NamedTuple):
     linear: jax.Array | int = 1
 
 
-class Copies(NamedTuple):
+class Numbers(NamedTuple):
     """Numbers of a job's first copies of keys, of keys that wait, of the state and of values, and of the next job's.
 
-    Keys are first, for values wait for the weights of all keys. All copies of a program are numbered in one line.
+    Keys are first, for values wait for the weights of all keys. A program's copies are numbered through all its jobs.
     """
 
     keys: jax.Array | int
@@ -67,6 +69,7 @@ class Call:
       most_key_tiles: that one of the warpgroups takes that take keys.
       places: tiles that shared memory holds at a time.
       waiting_tiles: the most in which keys wait for the fold.
+      on_the_way: copies that are on their way at a time, but for the early ones.
       copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
       split: heads of which each branch is another program's, those that are left when all programs have as many.
@@ -82,6 +85,8 @@ class Call:
         used += 2 * TILE * (self.tiles * self.columns + KEY_WARPGROUPS * 2 * self.Q)
         used += 4 * HEAD_DIM * (self.columns + LINEAR)
         self.places = (SHARED_BYTES - SMALL_BYTES - used) // TILE_BYTES
+        # A copy's barrier has to be waited for before its place is used again.
+        self.on_the_way = min(ON_THE_WAY, self.places)
         self.waiting_tiles = _most_tiles(S, S - W)
         self.copies_of_a_head = self.tiles + self.waiting_tiles + STATE_TILES + self.tiles
         self.early = min(self.places, self.tiles)
@@ -108,13 +113,13 @@ class Call:
             branches = jnp.maximum(is_whole, second), jnp.maximum(is_whole, 1 - second)
         return Job(i, *(operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem)), *branches)
 
-    def copies(self, job):
-        """Returns the `Copies` of a job; those before it are whole heads."""
+    def numbers(self, job):
+        """Returns the `Numbers` of a job; those before it are whole heads."""
         keys = job.i * self.copies_of_a_head
         waiting = keys + job.softmax * self.tiles
         states = waiting + job.linear * self.waiting_tiles
         values = states + job.linear * STATE_TILES
-        return Copies(keys, waiting, states, values, values + self.value_tiles(job))
+        return Numbers(keys, waiting, states, values, values + self.value_tiles(job))
 
     def value_tiles(self, job):
         """Returns how many tiles of values a job takes: all, or where keys wait."""

@@ -31,8 +31,8 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
 
     A warpgroup counts as one arrival at a barrier, and its threads do not wait for each other there:
 
-        keys_full         a tile's copy, once a job; its `Keys` waits
-        others_full       a copy of another kind, as often as one comes to the place; Answers waits
+        keys_full         a tile's copy, once a job; its `Keys` waits, and Copies before it asks for many more
+        others_full       a copy of another kind, as often as one comes to the place; Answers waits, and Copies likewise
         empty             who took a tile from the place; Copies waits, but for the program's first tile there
         new_full          three copies; all wait
         new_empty         all but Copies; Copies waits, from the third job on
@@ -74,10 +74,6 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
         "weights_full": plgpu.Barrier(num_arrivals=KEY_WARPGROUPS),
         "weights_empty": plgpu.Barrier(),
     }
-
-
-# Copies of a program that are on their way: with more all else that a program reads, its code too, comes later.
-ON_THE_WAY = 4
 
 
 class Warpgroup:
@@ -155,16 +151,17 @@ class Copies(Warpgroup):
         call, jobs = self.call, self.call.jobs(self.program)
 
         def of_job(job):
-            first = call.copies(job)
+            first = call.numbers(job)
             early = first.keys + job.softmax * call.early
-            self.copy_tiles(job, "k", first.keys, first.keys, early, waits=job.i > 0)
+            self.copy_tiles(job, "k", first.keys, first.keys, early, in_turn=job.i > 0)
 
             @pl.when(job.i == 0)
             def _():
                 self.wait_for_kernel_before()
                 self.copy_new(job)
-                wait = lambda n, _: plgpu.barrier_wait(self.keys_full.at[n])  # noqa: E731
-                jax.lax.fori_loop(0, job.softmax * max(call.early - ON_THE_WAY, 0), wait, None)
+                # Who waits for a barrier has to wait for it every time.
+                come = job.softmax * max(call.early - call.on_the_way, 0)
+                jax.lax.fori_loop(0, come, lambda n, _: plgpu.barrier_wait(self.keys_full.at[n]), None)
 
             self.copy_tiles(job, "k", first.keys, early, first.waiting)
             self.copy_tiles(job, "w", first.waiting, first.waiting, first.states)
@@ -175,22 +172,21 @@ class Copies(Warpgroup):
 
         self.for_jobs(of_job)
 
-    def wait_for_another(self, job, number, condition):
-        """Waits until the copy that is ON_THE_WAY before this one has come, if `condition` is true."""
-        before, first = number - ON_THE_WAY, self.call.copies(job)
+    def wait_in_turn(self, job, number, condition):
+        """Waits until the copy that is `on_the_way` before this one has come, if `condition` is true."""
+        before, first = number - self.call.on_the_way, self.call.numbers(job)
         keys = (before >= first.keys) & (before < first.waiting)
         others = (before >= 0) & ((before < first.keys) | (before >= first.waiting))
         mosaic_gpu.wait_if(condition & keys, self.keys_full.at[jnp.where(keys, before - first.keys, 0)])
         mosaic_gpu.wait_if(condition & others, self.others_full.at[self.call.place(jnp.maximum(before, 0))])
 
-    def copy_tiles(self, job, kind, first, begin, end, waits=True):
+    def copy_tiles(self, job, kind, first, begin, end, in_turn=True):
         """Copies a job's copies from `begin` to `end`, all of one kind, whose first is `first`."""
         call, b, h = self.call, job.b, job.h
 
         def body(number, _):
             n, place = number - first, call.place(number)
-            if ON_THE_WAY < 99:
-                self.wait_for_another(job, number, waits)
+            self.wait_in_turn(job, number, in_turn)
             mosaic_gpu.wait_if(number >= call.places, self.empty.at[place])
             if kind == "s":
                 tiles = jnp.int32(STATE_TILES // 2)

@@ -25,9 +25,10 @@ WEIGHT_NUMBERS, MOST_DEPTH = 8192, 256
 MOST_COLUMNS, LEAST_DEPTH = 128, LINE
 # Bytes of a multiprocessor's 227 KiB that are used.
 SHARED_BYTES = 225 * 1024
-# Those of rows, where one warpgroup multiplies and where two do; and the numbers of a row that are copied at a time,
-# the second where fewer than LEAST_SLOTS slots of the first have room.
-ROW_BYTES, ROW_NUMBERS, LEAST_SLOTS = (80 * 1024, 112 * 1024), (128, 64), 4
+# Numbers of a row that are copied at a time, and bytes for slots of them, where one warpgroup multiplies and where two
+# do: the first of which LEAST_SLOTS slots have room.
+ROW_RINGS = ((256, 104 * 1024), (128, 80 * 1024)), ((128, 128 * 1024),)
+LEAST_SLOTS = 4
 # Copies of weights that are on their way before the first of them is waited for: more than what memory takes to answer
 # would only leave fewer for the tensor cores to take.
 LATE = 3
@@ -146,12 +147,12 @@ class Plan:
         # Products read whole GROUP_ROWS, and so past a slot: the last one, too, has that much behind it.
         read = self.groups * GROUP_ROWS
 
-        def row_slots_of(numbers: int) -> int:
-            most = ROW_BYTES[self.groups - 1] // (2 * numbers)
-            return 1 + max(most - read, 2 * self.rows) // self.rows
+        def row_slots_of(numbers: int, most_bytes: int) -> int:
+            return 1 + max(most_bytes // (2 * numbers) - read, 2 * self.rows) // self.rows
 
-        self.row_numbers = next((n for n in ROW_NUMBERS if row_slots_of(n) >= LEAST_SLOTS), ROW_NUMBERS[-1])
-        row_slots = row_slots_of(self.row_numbers)
+        rings = ROW_RINGS[self.groups - 1]
+        ring = next((ring for ring in rings if row_slots_of(*ring) >= LEAST_SLOTS), rings[-1])
+        self.row_numbers, row_slots = ring[0], row_slots_of(*ring)
         self._rows_with_rest = (row_slots - 1) * self.rows + read
         used = 2 * self._rows_with_rest * self.row_numbers + 4 * read * self.kept
         self.slots = {"weights": (SHARED_BYTES - used) // (2 * WEIGHT_NUMBERS), "rows": row_slots}

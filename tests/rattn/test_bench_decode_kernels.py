@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rattn.config import load_config, validate
-from rattn.decoding import attention_gpu, products_gpu, products_persistent_plan
+from rattn.decoding import attention_gpu, products_gpu, products_persistent_gpu
 from scripts import bench_decode_kernels
 from scripts.constants import constants_set, values_set
 from scripts.trace_costs import costs_by_kind, kernel_calls
@@ -77,14 +77,14 @@ def test_cases_lower_with_their_variants(monkeypatch):
 
 def test_constants_are_set_for_a_while():
     def values():
-        numbers = attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, products_persistent_plan.ROW_NUMBERS
+        numbers = attention_gpu.MOST_PARTS, products_gpu.MOST_ROWS, products_persistent_gpu.REGISTERS
         return *numbers, attention_gpu.TILING, dict(products_gpu.TILES)
 
     before, text = values(), "attention_gpu.MOST_PARTS=7,products_gpu.MOST_ROWS=3,attention_gpu.TILING=16:1:4:256:64"
-    text += ",products_gpu.TILES.down=32:64:8:1,products_persistent_plan.ROW_NUMBERS=64:128"
+    text += ",products_gpu.TILES.down=32:64:8:1,products_persistent_gpu.REGISTERS=40:24:216"
     with constants_set(text, "rattn.decoding"):
         tiles = before[4] | {"down": products_gpu.Tile(columns=32, depth=64, warps=8)}
-        assert values() == (7, 3, (64, 128), attention_gpu.Tiling(16, 1, 4, 256, least=64), tiles)
+        assert values() == (7, 3, (40, 24, 216), attention_gpu.Tiling(16, 1, 4, 256, least=64), tiles)
     assert before == values()
     with pytest.raises(KeyError, match="up"), constants_set("products_gpu.TILES.up=32:64:8:1", "rattn.decoding"):
         raise AssertionError("not reached")
