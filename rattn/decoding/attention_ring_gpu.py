@@ -5,8 +5,8 @@
     o = rms_norm(o₁) · γ₁ + rms_norm(o₂) · γ₂
 
 A step reads some 400 KB for a key/value head of a sequence, and all that counts is that memory never rests. So the copy
-engine brings tiles of 64 slots through one ring of shared memory, a head after another, as fast as there is room: keys,
-the state, values. The first are asked for before the kernel before this one is done, for what is in the cache does not
+engine brings tiles of 64 slots through one ring of shared memory, a head after another, a few at a time: keys, the
+state, values. The first are asked for before the kernel before this one is done, for what is in the cache does not
 depend on it. A program has a multiprocessor for itself and four warpgroups:
 
     copies    keys … keys that wait … state … values                                         `Copies`
@@ -20,6 +20,9 @@ seam is in the tile of the newest slot); each key counts in one of the two. All 
 that there is one maximum and one sum for it, no rescaling. Keys that wait for the fold are in one or two of the tiles,
 which are copied twice, and have columns of weights of their own. Keys, dims of values and of the state are the long
 side of each product and queries the short one.
+
+A program takes whole heads, all programs as many. Of each head that is left then, where there are programs enough, one
+takes the softmax branch and another the linear one, which it leaves in device memory for the first to add.
 
 Work on tiles is in loops, not written out: instructions that run once are fetched more slowly than they are done.
 """

@@ -163,7 +163,7 @@ class Answers(Warpgroup):
         mosaic_gpu.store_transposed(found, place)
 
     def finish(self, job, layout, scales):
-        """Adds up, norms and adds the branches."""
+        """Adds up and norms the branches; writes their sum, or leaves the linear one, or adds one that was left."""
         call, Q = self.call, self.call.Q
         (i, b, h, *_), shape = job, (Q, HEAD_DIM)
         slot = self.new_slot(i)
@@ -210,7 +210,7 @@ class Answers(Warpgroup):
             )
             o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
             softmax = normed((o + out(Q) * across(shrink[1])) * across(1.0 / total), scales[0])
-            # At most once.
+            # None or one.
             other = jax.lax.fori_loop(0, 1 - job.linear, take, linear) if call.split else linear
             self.found.at[b, h][...] = (softmax + other).astype(jnp.bfloat16)
             for kept, row in ((self.k, new_k), (self.v, new_v)):
