@@ -206,10 +206,8 @@ def attend(
 
 
 def _kernel(call, plan, *refs):
-    shared, names = (
-        shared_memory(call, plan.interpret),
-        ("qkv", "k", "v", "ready", "state", "counts", "angles", "turns"),
-    )
+    shared = shared_memory(call, plan.interpret)
+    names = "qkv", "k", "v", "ready", "state", "counts", "angles", "turns"
     names += ("q_scale", "k_scale", "softmax_scale", "linear_scale", "found", "parts")
     arrays = dict(zip(names, refs, strict=True))
 

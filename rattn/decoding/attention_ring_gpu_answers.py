@@ -185,17 +185,7 @@ class Answers(Warpgroup):
 
         linear = normed(out(2 * Q) + out(call.columns), scales[1])
         if call.split:
-            place = jnp.where(job.linear == 1, self.program, self.program - call.split)
-            part, ready = self.parts.at[place], self.ready.at[place]
-
-            @pl.when(job.softmax == 0)
-            def _():
-                part[...] = linear
-                mosaic_gpu.say_ready(ready, self.plan.interpret)
-
-            def take(*_):
-                mosaic_gpu.take_ready(ready, self.plan.interpret)
-                return plgpu.load(part, layout=layout, optimized=False)
+            pl.when(job.softmax == 0)(lambda: self.leave(linear))
 
         def finish_softmax():
             most = [rows(self.most, part) for part in (0, 1)]
@@ -210,11 +200,23 @@ class Answers(Warpgroup):
             )
             o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
             softmax = normed((o + out(Q) * across(shrink[1])) * across(1.0 / total), scales[0])
-            # None or one.
-            other = jax.lax.fori_loop(0, 1 - job.linear, take, linear) if call.split else linear
+            other = linear
+            if call.split:  # None or one.
+                other = jax.lax.fori_loop(0, 1 - job.linear, lambda *_: self.take(layout), linear)
             self.found.at[b, h][...] = (softmax + other).astype(jnp.bfloat16)
             for kept, row in ((self.k, new_k), (self.v, new_v)):
                 kept.at[b, h, self.counts[b, 0]][...] = row
 
         self.if_one(job.softmax, finish_softmax)
         plgpu.barrier_arrive(self.new_empty.at[slot])
+
+    def leave(self, linear):
+        """Leaves a head's linear branch, float32 [Q, H], to the program that has its softmax branch."""
+        self.parts.at[self.program][...] = linear
+        mosaic_gpu.say_ready(self.ready.at[self.program], self.plan.interpret)
+
+    def take(self, layout):
+        """Waits for the linear branch of the head of which this program has the softmax branch, and returns it."""
+        other = self.program - self.call.split
+        mosaic_gpu.take_ready(self.ready.at[other], self.plan.interpret)
+        return plgpu.load(self.parts.at[other], layout=layout, optimized=False)

@@ -145,7 +145,7 @@ class Copies(Warpgroup):
     """The warpgroup that copies."""
 
     def run(self) -> None:
-        """Copies what all heads need, as soon as there is room; what is new, when it is written."""
+        """Copies what all jobs need, a few tiles at a time; what is new, when it is written."""
         if not self.plan.interpret:
             plgpu.griddepcontrol_launch_dependents()
         call, jobs = self.call, self.call.jobs(self.program)
@@ -153,22 +153,22 @@ class Copies(Warpgroup):
         def of_job(job):
             first = call.numbers(job)
             early = first.keys + job.softmax * call.early
-            self.copy_tiles(job, "k", first.keys, first.keys, early, in_turn=job.i > 0)
+            self.copy_tiles(job, "keys", first.keys, early, in_turn=job.i > 0)
 
             @pl.when(job.i == 0)
             def _():
                 self.wait_for_kernel_before()
                 self.copy_new(job)
                 # Who waits for a barrier has to wait for it every time.
-                come = job.softmax * max(call.early - call.on_the_way, 0)
+                come = max(call.early - call.on_the_way, 0)
                 jax.lax.fori_loop(0, come, lambda n, _: plgpu.barrier_wait(self.keys_full.at[n]), None)
 
-            self.copy_tiles(job, "k", first.keys, early, first.waiting)
-            self.copy_tiles(job, "w", first.waiting, first.waiting, first.states)
-            self.copy_tiles(job, "s", first.states, first.states, first.values)
+            self.copy_tiles(job, "keys", early, first.waiting)
+            self.copy_tiles(job, "waiting", first.waiting, first.states)
+            self.copy_tiles(job, "states", first.states, first.values)
             # While the job's last keys are weighed.
             pl.when(job.i + 1 < jobs)(lambda: self.copy_new(call.job(self.program, job.i + 1)))
-            self.copy_tiles(job, "v", first.values, first.values, first.end)
+            self.copy_tiles(job, "values", first.values, first.end)
 
         self.for_jobs(of_job)
 
@@ -180,27 +180,28 @@ class Copies(Warpgroup):
         mosaic_gpu.wait_if(condition & keys, self.keys_full.at[jnp.where(keys, before - first.keys, 0)])
         mosaic_gpu.wait_if(condition & others, self.others_full.at[self.call.place(jnp.maximum(before, 0))])
 
-    def copy_tiles(self, job, kind, first, begin, end, in_turn=True):
-        """Copies a job's copies from `begin` to `end`, all of one kind, whose first is `first`."""
+    def copy_tiles(self, job, kind, begin, end, in_turn=True):
+        """Copies a job's copies from `begin` to `end`, all of one kind, whose name `Numbers` has."""
         call, b, h = self.call, job.b, job.h
+        first = getattr(call.numbers(job), kind)
 
         def body(number, _):
             n, place = number - first, call.place(number)
             self.wait_in_turn(job, number, in_turn)
             mosaic_gpu.wait_if(number >= call.places, self.empty.at[place])
-            if kind == "s":
+            if kind == "states":
                 tiles = jnp.int32(STATE_TILES // 2)
                 half, tile = jax.lax.div(n, tiles), jax.lax.rem(n, tiles)
                 source, into = self.state.at[b, h, pl.ds(tile * TILE, TILE), pl.ds(half * HALF, HALF)], self.states
             else:
                 # What is past the ring's end reads as zeros.
                 tile = n
-                if kind == "w":
+                if kind == "waiting":
                     tile = call.waiting_tile(n, self.counts[b, 0], self.counts[b, 2])
-                elif kind == "v":
+                elif kind == "values":
                     tile = call.value_tile(job, n, self.counts[b, 0], self.counts[b, 2])
-                source, into = (self.v if kind == "v" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
-            full = self.keys_full.at[n] if kind == "k" else self.others_full.at[place]
+                source, into = (self.v if kind == "values" else self.k).at[b, h, pl.ds(tile * TILE, TILE)], self.rows
+            full = self.keys_full.at[n] if kind == "keys" else self.others_full.at[place]
             plgpu.copy_gmem_to_smem(source, into.at[place], full)
             return ()
 
