@@ -69,7 +69,7 @@ class Call:
       most_key_tiles: that one of the warpgroups takes that take keys.
       places: tiles that shared memory holds at a time.
       waiting_tiles: the most in which keys wait for the fold.
-      on_the_way: copies that are on their way at a time, but for the early ones.
+      on_the_way: copies that are on their way at a time.
       copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
       split: heads of which each branch is another program's, those that are left when all programs have as many.

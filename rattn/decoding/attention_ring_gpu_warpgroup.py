@@ -153,15 +153,12 @@ class Copies(Warpgroup):
         def of_job(job):
             first = call.numbers(job)
             early = first.keys + job.softmax * call.early
-            self.copy_tiles(job, "keys", first.keys, early, in_turn=job.i > 0)
+            self.copy_tiles(job, "keys", first.keys, early)
 
             @pl.when(job.i == 0)
             def _():
                 self.wait_for_kernel_before()
                 self.copy_new(job)
-                # Who waits for a barrier has to wait for it every time.
-                come = max(call.early - call.on_the_way, 0)
-                jax.lax.fori_loop(0, come, lambda n, _: plgpu.barrier_wait(self.keys_full.at[n]), None)
 
             self.copy_tiles(job, "keys", early, first.waiting)
             self.copy_tiles(job, "waiting", first.waiting, first.states)
@@ -172,22 +169,22 @@ class Copies(Warpgroup):
 
         self.for_jobs(of_job)
 
-    def wait_in_turn(self, job, number, condition):
-        """Waits until the copy that is `on_the_way` before this one has come, if `condition` is true."""
+    def wait_in_turn(self, job, number):
+        """Waits until the copy that is `on_the_way` before this one has come."""
         before, first = number - self.call.on_the_way, self.call.numbers(job)
         keys = (before >= first.keys) & (before < first.waiting)
         others = (before >= 0) & ((before < first.keys) | (before >= first.waiting))
-        mosaic_gpu.wait_if(condition & keys, self.keys_full.at[jnp.where(keys, before - first.keys, 0)])
-        mosaic_gpu.wait_if(condition & others, self.others_full.at[self.call.place(jnp.maximum(before, 0))])
+        mosaic_gpu.wait_if(keys, self.keys_full.at[jnp.where(keys, before - first.keys, 0)])
+        mosaic_gpu.wait_if(others, self.others_full.at[self.call.place(jnp.maximum(before, 0))])
 
-    def copy_tiles(self, job, kind, begin, end, in_turn=True):
+    def copy_tiles(self, job, kind, begin, end):
         """Copies a job's copies from `begin` to `end`, all of one kind, whose name `Numbers` has."""
         call, b, h = self.call, job.b, job.h
         first = getattr(call.numbers(job), kind)
 
         def body(number, _):
             n, place = number - first, call.place(number)
-            self.wait_in_turn(job, number, in_turn)
+            self.wait_in_turn(job, number)
             mosaic_gpu.wait_if(number >= call.places, self.empty.at[place])
             if kind == "states":
                 tiles = jnp.int32(STATE_TILES // 2)
