@@ -194,7 +194,6 @@ def cache_bytes_per_sequence(
     context_length: int,
     *,
     fold_tokens: int = FOLD_TOKENS,
-    cache_itemsize: int = 2,
     state_itemsize: int = FLOAT32_BYTES,
 ) -> dict[str, int]:
     """Bytes that decoding keeps for one sequence of `context_length` tokens, by kind of cache.
@@ -203,15 +202,14 @@ def cache_bytes_per_sequence(
     values that await being added to them, a full layer every key and value.
 
     Args:
-      model: `config.model`.
+      model: `config.model`; keys and values have its compute dtype.
       context_length: tokens in the cache.
       fold_tokens: C, tokens that wait until all are added to the state at once.
-      cache_itemsize: bytes of a cached key or value element.
       state_itemsize: bytes of an element of the state.
     """
     kinds = layer_kinds(model)
     K, H = model.kv_heads, model.head_dim
-    per_token = 2 * K * H * cache_itemsize
+    per_token = 2 * K * H * compute_itemsize(model)
     window_layers = kinds.count("swa") + kinds.count("rattention")
     linear_layers = kinds.count("linear") + kinds.count("rattention")
     return {
@@ -244,9 +242,7 @@ def decode_bytes(
       state_itemsize: bytes of an element of the state.
     """
     itemsize = compute_itemsize(model)
-    seen = cache_bytes_per_sequence(
-        model, context_length, fold_tokens=0, cache_itemsize=itemsize, state_itemsize=state_itemsize
-    )
+    seen = cache_bytes_per_sequence(model, context_length, fold_tokens=0, state_itemsize=state_itemsize)
     written = 2 * model.kv_heads * model.head_dim * itemsize * model.layers
     return {
         "weights": itemsize * (matrix_parameters(spec) + model.vocab_size * model.width),
@@ -278,7 +274,7 @@ def summary(config: ConfigDict, spec: ModelSpec, shapes: Any, shardings: Any) ->
             "decode cache",
             f"{readable_bytes(sum(cache.values()))} a sequence of {config.context_length} tokens "
             f"({', '.join(f'{name} {readable_bytes(size)}' for name, size in cache.items() if size)}; "
-            "bf16, float32 state)",
+            f"keys and values in {model.compute_dtype}, states in float32)",
         ),
     ]
     width = max(len(name) for name, _ in rows)

@@ -115,7 +115,15 @@ def saved_config(workdir: epath.PathLike) -> ConfigDict:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"There is no config.json in {str(workdir)!r}; name the workdir of a run.")
-    return _filled(base.get_config(), json.loads(path.read_text()), str(path))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it from another run of the same config.") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds {str(values)[:20]!r} and no config; copy it from another run of the same config."
+        )
+    return _filled(base.get_config(), values, str(path))
 
 
 def _filled(config: ConfigDict, values: dict[str, Any], where: str, prefix: str = "") -> ConfigDict:

@@ -7,7 +7,9 @@ library: `Generator`.
 
 import dataclasses
 import functools
+import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -188,6 +190,9 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts is one text, {prompts[:20]!r}; give a list of texts.")
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+                raise UserError(f"Prompt {index} is {str(prompt)[:20]}; give a text or a list of ids.")
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; ask for at least 1.")
         if not 0 <= seed < 2**32:
@@ -196,7 +201,7 @@ class Generator:
         sampling = dataclasses.replace(sampling or Sampling(), ids=self.vocabulary.size)
         ids = [self._encoded(index, prompt) for index, prompt in enumerate(prompts)]
         for index, prompt in enumerate(ids):
-            if capacity and len(prompt) + max_tokens > capacity:
+            if capacity is not None and len(prompt) + max_tokens > capacity:
                 raise UserError(
                     f"Prompt {index} has {len(prompt)} tokens, which with max_tokens={max_tokens} do not fit in a "
                     f"cache of {capacity}; cut the prompt, ask for fewer tokens or raise the capacity."
@@ -225,7 +230,12 @@ class Generator:
         for place, i in enumerate(ids):
             if not 0 <= i < vocabulary.size:
                 raise UserError(f"Prompt {index} has id {i}; the vocabulary has ids 0 to {vocabulary.size - 1}.")
-            if not self._known_V[i] and i not in (vocabulary.eos_id, vocabulary.pad_id):
+            if i == vocabulary.eos_id:
+                raise UserError(
+                    f"Prompt {index} has EOS, id {i}, as token {place}, and attention does not go from one document to "
+                    "the next; give what comes after it."
+                )
+            if not self._known_V[i] and i != vocabulary.pad_id:
                 raise UserError(
                     f"Prompt {index} holds a token that the vocabulary does not know, after "
                     f"{vocabulary.decode(ids[:place])[-20:]!r}; take it out."
@@ -244,6 +254,7 @@ class Generator:
         """Yields the pieces of the first `count` rows."""
         decoder, weights = self.decoder, self.weights
         needed = max(map(len, rows)) + max_tokens
+        # The capacity of a call holds all its prompts: `stream` has seen to it.
         cache = decoder.empty_cache(len(rows), capacity or -(-needed // CAPACITY_TOKENS) * CAPACITY_TOKENS)
         logits_BV, cache = self._prefilled(rows, cache)
         tokens_B = self._sample(logits_BV, keys_B, np.int32(0), sampling=sampling)
@@ -327,10 +338,13 @@ def _prompts(values: flags.FlagValues) -> list[str]:
     prompts = list(values.prompt)
     if values.prompts_file:
         path = pathlib.Path(values.prompts_file)
-        if not path.is_file():
+        if not path.exists() or path.is_dir():
             raise UserError(f"There is no --prompts_file {str(path)!r}; name a text file with a prompt a line.")
         # What is not UTF-8 becomes what `Generator` refuses with the prompt's number.
-        prompts += [line for line in path.read_text("utf-8", "surrogateescape").split("\n") if line.strip()]
+        lines = [line for line in path.read_text("utf-8-sig", "surrogateescape").split("\n") if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts_file {str(path)!r} holds no prompt; write one a line.")
+        prompts += lines
     if not prompts:
         raise UserError("There is no prompt; give --prompt, several times if you like, or --prompts_file.")
     return prompts
@@ -339,7 +353,20 @@ def _prompts(values: flags.FlagValues) -> list[str]:
 def main(config: ConfigDict | None, recipe: str) -> int:
     """Entry point behind the flags."""
     platform.configure()
-    values = flags.FLAGS
+    sys.stdout.reconfigure(errors="replace")  # Where it has no sign for a character.
+    try:
+        return _answer(config, recipe, flags.FLAGS)
+    except KeyboardInterrupt:
+        print()
+        return 130  # As a shell reports SIGINT.
+    except BrokenPipeError:
+        # Nobody reads on, nor what is still to be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # As a shell reports SIGPIPE.
+
+
+def _answer(config: ConfigDict | None, recipe: str, values: flags.FlagValues) -> int:
+    """Prints what the flags ask for; returns the exit status."""
     if recipe and values.checkpoint:
         raise UserError(f"There are --config {recipe!r} and --checkpoint {values.checkpoint!r}; give one of them.")
     if recipe and not values.report:
@@ -348,7 +375,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         raise UserError("There is no --checkpoint; name the workdir of a run, such as --checkpoint runs/tiny.")
     if values.report:
         config = at_window(config or saved_config(values.checkpoint), values.window)
-        print(report.text(config, fold_tokens=values.fold_tokens, state_dtype=values.state_dtype))
+        print(report.text(config, fold_tokens=values.fold_tokens, state_dtype=values.state_dtype), flush=True)
         return 0
     sampling = Sampling(0.0 if values.greedy else values.temperature, values.top_k, values.top_p)
     prompts = _prompts(values)
@@ -363,11 +390,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
         attention=values.attention,
         products=values.products,
     )
-    try:
-        show(generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed), prompts)
-    except KeyboardInterrupt:
-        print()
-        return 130  # As a shell reports SIGINT.
+    show(generator.stream(prompts, max_tokens=values.max_tokens, sampling=sampling, seed=values.seed), prompts)
     return 0
 
 

@@ -62,7 +62,11 @@ def load_vocabulary(name_or_path: epath.PathLike) -> Vocabulary:
         description = json.loads((path / DESCRIPTION_FILE).read_text())
         names = {"bytes": "bytes", "ids": f"ids:{description['size']}"}
         return load_vocabulary(names.get(description["name"], path / MODEL_FILE))
-    if not path.exists() or path.is_dir():
+    if path.is_dir():
+        raise UserError(
+            f"There is no {DESCRIPTION_FILE} in {str(path)!r}; name a folder of prepared data or of a run that has one."
+        )
+    if not path.exists():
         hint = nearest(str(name_or_path), ["bytes"])
         raise UserError(
             f'There is no vocabulary {str(name_or_path)!r}{hint}; give "bytes" or the path of a SentencePiece model.'

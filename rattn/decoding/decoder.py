@@ -128,7 +128,7 @@ class Decoder:
             size = readable_bytes(caches.cache_bytes(caches.cache_shapes(self.layers, layout)))
             raise UserError(
                 f"A cache for {batch} sequences of {capacity} tokens takes {size}, which the device has no room for; "
-                "take fewer sequences at a time or fewer tokens."
+                "take fewer sequences at a time, fewer tokens or a smaller fold_tokens."
             ) from None
 
     @property
@@ -149,7 +149,8 @@ class Decoder:
         Args:
           weights: what `weights` returned.
           cache: of the same model and window.
-          tokens_BT: int32; a sequence's own tokens are the last of its row, what is in front of them is ignored.
+          tokens_BT: int32, T at least 1; a sequence's own tokens are the last of its row, what is in front of them is
+            ignored.
           counts_B: how many are its own, 0 to T; None: all.
           segment_ids_BT: int32, documents of the tokens, where a row packs several: sequences go on in the last. A
             document that goes on keeps its id from chunk to chunk (0 before any was named), others have their own.
@@ -158,13 +159,23 @@ class Decoder:
           x_BTD, from which `logits` makes logits_BTV (those of padding mean nothing), and the cache.
 
         Raises:
-          UserError: the cache is for another window or another batch, or too short; counts that cannot be.
+          UserError: the cache is for another window or another batch, or too short; counts that cannot be; a token
+            that the model does not have.
         """
         B, T = tokens_BT.shape
         counts_B = np.full(B, T, np.int32) if counts_B is None else np.asarray(counts_B, np.int32)
         self._check(cache, B)
-        if counts_B.min() < 0 or counts_B.max() > T:
-            raise UserError(f"counts_B is {counts_B.tolist()} and rows have {T} tokens; give 0 to {T} for each row.")
+        if not T:
+            raise UserError(
+                f"tokens_BT is {tokens_BT.shape}; give at least one token a row, with a count of 0 for none."
+            )
+        if counts_B.shape != (B,) or counts_B.min() < 0 or counts_B.max() > T:
+            raise UserError(
+                f"counts_B is {counts_B.tolist()} and the {B} rows have {T} tokens; give 0 to {T} for each row."
+            )
+        ids = np.asarray(tokens_BT)[np.arange(T) >= T - counts_B[:, None]]
+        if unknown := ids[(ids < 0) | (ids >= self.model.vocab_size)].tolist():
+            raise UserError(f"tokens_BT has id {unknown[0]}; the model has ids 0 to {self.model.vocab_size - 1}.")
         held = np.asarray(cache.clock.length_B)
         if (held + counts_B).max() > cache.layout.capacity:
             raise UserError(
@@ -192,7 +203,9 @@ class Decoder:
     def step(self, weights: dict[str, Any], cache: Cache, tokens_B: np.ndarray) -> tuple[jax.Array, Cache]:
         """Runs one given token of every sequence through the model; returns float32 logits_BV and the cache.
 
-        The cache drops what is past its capacity: who goes on beyond it gets logits that mean nothing.
+        The cache drops what is past its capacity: who goes on beyond it gets logits that mean nothing. Ids are not
+        looked at, which may be on a device. XLA may copy a few rings here, never a full layer's cache; `sample` copies
+        nothing.
         """
         self._check(cache, len(tokens_B))
         return self.compiled("step", cache.layout)(weights, cache, tokens_B)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rattn.accounting import FOLD_TOKENS, cache_bytes_per_sequence, compute_itemsize, readable_bytes
+from rattn.accounting import FOLD_TOKENS, cache_bytes_per_sequence, readable_bytes
 from rattn.config import set_mixer
 from rattn.decoding.cache import STATE_ITEMSIZES, check_options
 from rattn.planning.report import table
@@ -28,17 +28,16 @@ def text(config: ConfigDict, *, fold_tokens: int = FOLD_TOKENS, state_dtype: str
       UserError: a C or a dtype that no cache has.
     """
     check_options(fold_tokens, state_dtype)
-    cache_itemsize = compute_itemsize(config.model)
 
     def sizes(length: int, of: ConfigDict = config, fold: int = fold_tokens, state: str = state_dtype) -> dict:
-        return cache_bytes_per_sequence(
-            of.model, length, fold_tokens=fold, cache_itemsize=cache_itemsize, state_itemsize=STATE_ITEMSIZES[state]
-        )
+        return cache_bytes_per_sequence(of.model, length, fold_tokens=fold, state_itemsize=STATE_ITEMSIZES[state])
 
     def total(*args: Any, **options: Any) -> int:
         return sum(sizes(*args, **options).values())
 
-    peers = {"full": _peer(config, "full"), f"swa {PEER_WINDOW}": _peer(config, "swa")}
+    peers = {"full": _peer(config, "full")}
+    if set(config.model.pattern) != {"full"}:  # Else no layer is local, and windows change nothing.
+        peers[f"swa {PEER_WINDOW}"] = _peer(config, "swa")
     lengths = sorted({*CONTEXTS, config.context_length})
     by_kind, saved = [], []
     for length in lengths:

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from rattn.errors import UserError
 
+# Logits over less might be more than a float32 holds.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -26,8 +29,10 @@ class Sampling:
 
     def __post_init__(self):
         """Raises UserError for what is no probability, count or temperature."""
-        if not self.temperature >= 0:
-            raise UserError(f"The temperature is {self.temperature}; give 0 for the best token, or more.")
+        if not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
+            raise UserError(
+                f"The temperature is {self.temperature}; give 0 for the best token, or {LEAST_TEMPERATURE} or more."
+            )
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; give 0 for all tokens, or how many may be drawn.")
         if not 0 < self.top_p <= 1:

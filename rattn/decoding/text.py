@@ -24,7 +24,10 @@ class TextStream:
         self.ids: list[int] = []
         self.text = ""
         self._vocabulary, self._before = vocabulary, list(before[-CONTEXT:])
-        self._said = _settled(vocabulary.decode(self._before))
+        text = vocabulary.decode(self._before)
+        # What is encoded as it was decoded ends in no part of a character, though perhaps in U+FFFD itself.
+        whole = vocabulary.encode(text)[-HELD_BACK:] == self._before[-HELD_BACK:]
+        self._said = len(text) if whole else _settled(text)
 
     def push(self, ids: list[int], *, last: bool) -> str:
         """Takes more ids and returns the text that they settle; `last` settles all of it."""

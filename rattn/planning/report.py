@@ -37,7 +37,7 @@ def text(rows: list[Row], tokens: float) -> str:
         _times(rows),
         "Bytes that a device receives in a step (formulas)",
         _network(rows),
-        "Decode cache of one sequence by context length (bf16 keys and values, float32 state)",
+        f"Decode cache of one sequence by context length (keys and values in {model.compute_dtype}, states in float32)",
         _cache(rows),
     ]
     if mesh["seq"] > 1:

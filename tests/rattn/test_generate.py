@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rattn import generate
 from rattn.config import load_config, validate
 from rattn.data.vocabulary import SentencePieceVocabulary, train_sentencepiece
 from rattn.decoding import report
@@ -118,6 +120,12 @@ def test_the_report_shows_the_paper_figures():
     assert "against full: 1,297 tokens" in text
 
 
+def test_without_local_layers_the_report_compares_no_windows():
+    text = report.text(validate(load_config("configs/rattn_3b.py", "mixer=full")))
+    assert "as full" in text
+    assert "swa" not in text
+
+
 def test_the_report_needs_a_recipe_alone():
     done = command("--config", "configs/rattn_3b.py:window=512", "--report")
     assert done.returncode == 0, done.stderr
@@ -141,7 +149,11 @@ def test_mistakes_get_a_sentence(generator, whole, tmp_path):
     refuse(["x" * 60], r"Prompt 0 has 60 tokens, which with max_tokens=5 do not fit in a cache of 64", capacity=64)
     refuse([[5, 300]], r"Prompt 0 has id 300; the vocabulary has ids 0 to 258")
     refuse([[5, 2]], r"Prompt 0 holds a token that the vocabulary does not know, after '\\x02'")
+    refuse([[5, 1, 7]], r"Prompt 0 has EOS, id 1, as token 1, and attention does not go from one document")
     refuse(["a", ""], r"Prompt 1 is empty")
+    refuse([5, 6], r"Prompt 0 is 5; give a text or a list of ids")
+    refuse([b"abc"], r"Prompt 0 is b'abc'; give a text or a list of ids")
+    refuse(["a"], r"do not fit in a cache of 0; cut the prompt", capacity=0)
     refuse(["a"], r"max_tokens is 0", max_tokens=0)
     refuse("abc", r"prompts is one text, 'abc'; give a list of texts")
     refuse(["a\udcff"], r"Prompt 0 holds '\\udcff', which is no character")
@@ -157,6 +169,48 @@ def test_mistakes_get_a_sentence(generator, whole, tmp_path):
         Generator.from_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"config.model.window is -3; it cannot be negative"):
         Generator.from_checkpoint(whole[0], window=-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("", r"config.json is damaged \(Expecting value.*\); copy it"), ("[]", r"holds '\[\]' and no config; copy it")],
+)
+def test_a_damaged_config_gets_a_sentence(tmp_path, text, sentence):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        Generator.from_checkpoint(tmp_path)
+
+
+def test_a_file_of_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfThe war\r\n\n  \nFellow\xff\n")
+    values = SimpleNamespace(prompt=["first"], prompts_file=str(file))
+    assert generate._prompts(values) == ["first", "The war", "Fellow\udcff"]
+    file.write_bytes(b" \n\n")
+    with pytest.raises(UserError, match=r"prompts.txt' holds no prompt; write one a line"):
+        generate._prompts(values)
+    values.prompts_file = str(tmp_path)
+    with pytest.raises(UserError, match="There is no --prompts_file"):
+        generate._prompts(values)
+    read, write = os.pipe()
+    os.write(write, b"a\nb\n")
+    os.close(write)
+    values.prompts_file = f"/dev/fd/{read}"
+    assert generate._prompts(values) == ["first", "a", "b"]
+    os.close(read)
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_who_stops_it_gets_no_traceback(stop, status):
+    """Whether at the keyboard, also while the model loads, or because nobody reads on, as behind `| head`."""
+    code = (
+        "import sys, rattn.generate as generate\n"
+        f"def stopped(*_): raise {stop.__name__}\n"
+        "generate._answer = stopped\n"
+        "sys.exit(generate.main(None, ''))"
+    )
+    done = command(code=code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (status, "", "")
 
 
 def test_the_window_may_be_another(whole, generator):

@@ -83,7 +83,7 @@ def test_copies_load_from_their_folder(kind, model, tmp_path):
 def test_sentences(tmp_path):
     with pytest.raises(UserError, match="There is no vocabulary 'byts', did you mean 'bytes'"):
         load_vocabulary("byts")
-    with pytest.raises(UserError, match=rf"There is no vocabulary '{tmp_path}'; give \"bytes\" or the path"):
+    with pytest.raises(UserError, match=rf"There is no vocabulary.json in '{tmp_path}'; name a folder"):
         load_vocabulary(tmp_path)
     (tmp_path / "text.model").write_text("no model at all")
     with pytest.raises(UserError, match=r"text\.model is not a SentencePiece model"):

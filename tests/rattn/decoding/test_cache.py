@@ -1,4 +1,4 @@
-"""What caches hold, where it lies, and that a step does not copy it."""
+"""What caches hold, where it lies, and that sampling does not copy it."""
 
 import re
 
@@ -8,11 +8,18 @@ import pytest
 
 from rattn import accounting
 from rattn.config import load_config, set_mixer, validate
+from rattn.decoding import report
 from rattn.decoding.cache import cache_bytes, cache_shapes
 from rattn.decoding.decoder import Decoder
 from rattn.decoding.sampling import Sampling
 from rattn.errors import UserError
 from rattn.generate import on_devices
+from rattn.model.parameters import model_spec
+from rattn.optimizer import make_optimizer
+from rattn.planning import report as planning_report
+from rattn.planning.forecast import forecast
+from rattn.planning.topologies import parse_topology
+from rattn.train import state_layout
 from tests.rattn.decoding.conftest import TOKENS, TWO_MIXERS, Miniature
 
 
@@ -23,9 +30,27 @@ def keys(batch):
 def test_a_cache_takes_what_the_formula_says(miniature):
     mini = miniature(fold_tokens=5)
     for capacity in (2, 24):
-        formula = accounting.cache_bytes_per_sequence(mini.model, capacity, fold_tokens=5, cache_itemsize=4)
+        formula = accounting.cache_bytes_per_sequence(mini.model, capacity, fold_tokens=5)
         assert min(formula.values()) > 0
         assert cache_bytes(mini.decoder.empty_cache(3, capacity)) == 3 * sum(formula.values())
+
+
+@pytest.mark.parametrize(("recipe", "dtype"), [("tiny", "float32"), ("small", "bfloat16")])
+def test_a_run_a_plan_and_the_report_say_what_a_cache_takes(recipe, dtype):
+    config = validate(load_config(f"configs/{recipe}.py"))
+    decoder, length = Decoder(config.model, on_devices(1, 1)), config.context_length
+    found = cache_bytes(cache_shapes(decoder.layers, decoder.layout(1, length)))
+    row = forecast(config, parse_topology("v5e:2x2"))
+    said = accounting.readable_bytes(found)
+    assert sum(row.cache[length].values()) == found
+    assert f"keys and values in {dtype}, states in float32" in planning_report.text([row], 1e9)
+    spec = model_spec(config.model)
+    layout = state_layout(spec, make_optimizer(config.optimizer, 1, spec.logical), decoder.sharding)
+    start = accounting.summary(config, spec, *layout)
+    assert f"{said} a sequence of {length} tokens" in start
+    assert f"keys and values in {dtype}, states in float32" in start
+    total = next(line for line in report.text(config).splitlines() if line.strip().startswith(f"{length:,} "))
+    assert f"  {said}  " in total
 
 
 @pytest.mark.parametrize("mixer", ["full", "swa", "rattention", "linear"])
@@ -44,7 +69,7 @@ def test_local_layers_do_not_grow_with_the_context(miniature):
     assert grown == ["full"]
 
 
-def test_a_step_copies_no_cache_and_no_state(miniature):
+def test_a_sampled_step_copies_no_cache_and_no_state(miniature):
     """Of a cache's arrays the compiled loop makes none anew: rings and rows are written in place, states are read."""
     mini = miniature(fold_tokens=5)
     layout = mini.decoder.layout(3, 24)
@@ -94,8 +119,14 @@ def test_what_does_not_fit_gets_a_sentence(miniature):
         Decoder(wide, on_devices(1, 1)).step(mini.weights, cache, TOKENS[:, 0])
     with pytest.raises(UserError, match=r"There are 2 rows of tokens and the cache was allocated for 3 sequences"):
         mini.decoder.step(mini.weights, cache, TOKENS[:2, 0])
-    with pytest.raises(UserError, match=r"counts_B is \[4, 9, 1\] and rows have 8 tokens; give 0 to 8"):
-        mini.decoder.prefill(mini.weights, cache, TOKENS[:, :8], np.array([4, 9, 1]))
+    for counts in ([4, 9, 1], [4, 4], [-1, 4, 4]):
+        with pytest.raises(UserError, match=r"counts_B is \[.*\] and the 3 rows have 8 tokens; give 0 to 8"):
+            mini.decoder.prefill(mini.weights, cache, TOKENS[:, :8], np.array(counts))
+    with pytest.raises(UserError, match=r"tokens_BT is \(3, 0\); give at least one token a row"):
+        mini.decoder.prefill(mini.weights, cache, TOKENS[:, :0])
+    # What is in front of a sequence's own tokens may be anything.
+    with pytest.raises(UserError, match=r"tokens_BT has id 11; the model has ids 0 to 10"):
+        mini.decoder.prefill(mini.weights, cache, np.array([[99, 1], [1, 1], [1, 11]]), np.array([1, 2, 1]))
     with pytest.raises(UserError, match=r"3 sequences of 10{12} tokens takes .* GiB, which the device has no room"):
         mini.decoder.empty_cache(3, 10**12)
     with pytest.raises(UserError, match=r"multiple of the 8 devices"):

@@ -61,6 +61,7 @@ def test_a_draw_follows_its_key_and_place_alone():
     ("values", "sentence"),
     [
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": 1e-38}, "temperature is 1e-38; give 0 for the best token, or 1e-06 or more"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
@@ -92,6 +93,9 @@ def test_a_space_after_the_prompt_is_text():
     letters = load_vocabulary("bytes")
     ids = letters.encode("a😀b")
     assert TextStream(letters, ids[:3]).push(ids[3:], last=True) == "😀b"
+    # U+FFFD itself, which is whole, is not said again.
+    for prompt in ("x\ufffd", "\ufffd" * 4):
+        assert TextStream(letters, letters.encode(prompt)).push(letters.encode("yz"), last=True) == "yz"
 
 
 def test_text_that_stops_inside_a_character_ends_in_its_mark():
