@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -264,7 +265,7 @@ def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
 
     `main` gets the valid config and the recipe's file name without its suffix, or None and "" where there is no
     --config and none is needed. A `UserError` is printed as its sentence and becomes status 1; so does a flag that absl
-    does not know.
+    does not know. Ctrl-C and a reader that goes away end it without a word, with the statuses that a shell gives them.
     """
 
     def guarded(arguments: list[str]) -> int:
@@ -288,6 +289,13 @@ def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
         app.run(guarded, argv=rest, flags_parser=lambda arguments: flags.FLAGS(list(arguments)))
     except UserError as error:
         sys.exit(f"rattn: {error}")
+    except KeyboardInterrupt:
+        print()  # Behind what the terminal shows of it.
+        sys.exit(130)
+    except BrokenPipeError:
+        # Python still writes what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (flags.Error, ValueError, TypeError) as error:
         if isinstance(error, flags.Error) or not flags.FLAGS.is_parsed():
             sys.exit(f"rattn: {str(error).strip().splitlines()[-1]}")

@@ -156,6 +156,7 @@ def main(recipe: str, overrides: list[str]) -> int:
     if not workdir:
         raise UserError("There is no --checkpoint; name the workdir of a run, such as --checkpoint runs/small.")
     config = validate(override(saved_config(workdir), overrides))
+    out = results.checked(flags.FLAGS.out or epath.Path(workdir) / "evaluation.json")
     result = evaluate(
         config,
         workdir,
@@ -165,7 +166,6 @@ def main(recipe: str, overrides: list[str]) -> int:
         max_tokens=flags.FLAGS.max_tokens,
         recall=_recall(config),
     )
-    out = flags.FLAGS.out or epath.Path(workdir) / "evaluation.json"
     results.write(result, out)
     print(f"{workdir}, step {result['step']}, {result['measured'][0]['targets']:,} validation tokens")
     print(table(result))

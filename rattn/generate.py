@@ -7,7 +7,6 @@ library: `Generator`.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -354,19 +353,7 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     """Entry point behind the flags."""
     platform.configure()
     sys.stdout.reconfigure(errors="replace")  # Where it has no sign for a character.
-    try:
-        return _answer(config, recipe, flags.FLAGS)
-    except KeyboardInterrupt:
-        print()
-        return 130  # As a shell reports SIGINT.
-    except BrokenPipeError:
-        # Nobody reads on, nor what is still to be written when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # As a shell reports SIGPIPE.
-
-
-def _answer(config: ConfigDict | None, recipe: str, values: flags.FlagValues) -> int:
-    """Prints what the flags ask for; returns the exit status."""
+    values = flags.FLAGS
     if recipe and values.checkpoint:
         raise UserError(f"There are --config {recipe!r} and --checkpoint {values.checkpoint!r}; give one of them.")
     if recipe and not values.report:

@@ -6,6 +6,7 @@ answer in seconds; with --compile the TPU compiler builds the real training step
 
 import dataclasses
 import json
+import math
 import pathlib
 
 from absl import flags
@@ -47,7 +48,11 @@ def main(config: ConfigDict, recipe: str) -> int:
     values = flags.FLAGS
     if not values.topology:
         raise UserError("There is no --topology; name a TPU slice, such as --topology v6e:16x16.")
-    tokens = values.tokens or config.total_steps * config.batch_size * config.context_length
+    tokens = values.tokens
+    if tokens is None:
+        tokens = config.total_steps * config.batch_size * config.context_length
+    if not math.isfinite(tokens):
+        raise UserError(f"--tokens is {tokens}; give a number of tokens, such as 1e12.")
     rows = plan(
         config, values.topology, values.slices, _mixers(values.mixers), _windows(values.windows), values.compile
     )
@@ -72,14 +77,14 @@ def _mixers(names: list[str]) -> list[str]:
     for name in names:
         if name not in MIXERS:
             raise UserError(f"--mixers has {name!r}{nearest(name, MIXERS)}; use names of {', '.join(MIXERS)}.")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _windows(values: list[str]) -> list[int]:
     for value in values:
-        if not value.isdecimal():
+        if not value.isdecimal() or int(value) >= 2**31:
             raise UserError(f"--windows has {value!r}; give whole numbers of tokens, such as 128,512,2048.")
-    return [int(value) for value in values]
+    return list(dict.fromkeys(int(value) for value in values))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ def main(config: ConfigDict | None, recipe: str) -> int:
     platform.configure()
     if not values.workdir:
         raise UserError("There is no --workdir; name the folder that holds, or will hold, the sweep's results.")
+    if pathlib.Path(values.workdir).is_file():
+        raise UserError(f"--workdir {values.workdir!r} is a file; name a folder.")
+    if values.archive and pathlib.Path(values.archive).is_dir():
+        raise UserError(f"--archive {values.archive!r} is a folder; name a file, such as results.tar.xz in it.")
+    if values.epsilon is not None and not values.epsilon >= 0:
+        raise UserError(f"--epsilon is {values.epsilon}; give nats a token, 0 or more.")
     results = Results(pathlib.Path(values.workdir))
     merged = _listed(values.merge)
     for other in merged:

@@ -61,6 +61,7 @@ for a window W that is a power of two, the bins with last ≤ W are recall withi
 beyond it. Sums over bins are weighted by `targets`. What a recall token is stands in `rattn.evaluation.recall`.
 """
 
+import contextlib
 import json
 import math
 from typing import Any
@@ -69,14 +70,20 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from rattn.errors import UserError
+
 FORMAT = 1
 
 
 def training_speed(workdir: epath.PathLike, config: ConfigDict) -> dict[str, Any] | None:
     """Returns the entry `training`, None where the workdir has no metrics of training steps."""
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if "tokens_per_second" in line]
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # A line cut off.
+            line = json.loads(text)
+            if "tokens_per_second" in line:
+                lines.append(line)
     lines = lines[min(math.ceil(len(lines) / 10), len(lines) - 1) :]
     if not lines:
         return None
@@ -104,10 +111,25 @@ def _medians(lines: list[dict[str, Any]], prefix: str, tokens_per_step: int) -> 
     }
 
 
+def checked(out: epath.PathLike) -> epath.Path:
+    """Returns the path of a result and makes its folder, before any work that would be lost without.
+
+    Raises:
+      UserError: it is a folder, or its own cannot be made.
+    """
+    out = epath.Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {str(out)!r} is a folder; name a file.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror}); name another file.") from None
+    return out
+
+
 def write(result: dict[str, Any], out: epath.PathLike) -> None:
     """Writes the file, which appears only when it is whole."""
-    out = epath.Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = checked(out)
     unfinished = out.with_name(out.name + ".unfinished")
     unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     unfinished.replace(out)

@@ -110,6 +110,8 @@ def variants(config: ConfigDict, mixers: list[str], windows: list[int]) -> list[
             if mixer:
                 set_mixer(variant, mixer)
             windowless = all(name in ("full", "linear") for name in variant.model.pattern)
+            if windowless:
+                variant.model.window_choices = variant.model.window_weights = ()
             if not windowless or window == (windows or [config.model.window])[0]:
                 result.append(validate(variant))
     return result

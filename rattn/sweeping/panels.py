@@ -122,7 +122,8 @@ def _by_length(group: Group, panels: list[Axes], curves: Curves) -> tuple[str, s
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(group.lengths, [f"{length}×" for length in group.lengths])
     return "Loss beyond the training length", (
-        "Validation loss of the same text in rows of the training context and of its multiples, means over seeds."
+        "Validation loss of the same text in rows of the training context and of its multiples, means over the seeds "
+        "that each has."
     )
 
 

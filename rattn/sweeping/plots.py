@@ -94,7 +94,8 @@ def _against_cache(group: Group, axes: Axes, epsilon: float | None) -> tuple[str
     context = group.runs[0].own["context_length"]
     axes.set(xlabel=f"decode cache of one sequence of {context:,} tokens ({unit})", ylabel=_loss_label(group))
     front = _scatter_with_front(group, axes, lambda run: run.cache_bytes / scale, logarithmic=True)
-    return "Loss against decode cache", f"{_what(group)} {front} Keys and values in bf16, states in float32."
+    dtypes = " or ".join(sorted({run.evaluation["config"]["model"]["compute_dtype"] for run in group.runs}))
+    return "Loss against decode cache", f"{_what(group)} {front} Keys and values in {dtypes}, states in float32."
 
 
 def _against_step_time(group: Group, axes: Axes, epsilon: float | None) -> tuple[str, str] | None:

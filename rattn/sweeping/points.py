@@ -19,7 +19,8 @@ from configs import base
 from rattn.config import UnknownArgument, differences, load_config, override, to_json, validate
 from rattn.errors import UserError, nearest
 
-# Keys that change neither what is learned nor what rattn.evaluate measures, and where things lie on a machine.
+# Keys that change nothing that is learned, and where things lie on a machine. Of what rattn.evaluate measures
+# evaluation.batch_size changes how many of the last rows there are, as it takes whole batches.
 INCIDENTAL_SECTIONS = ("checkpoint.", "evaluation.", "log.")
 INCIDENTAL = ("data.read_threads", "data.prefetch_batches", "data.path", "init_from")
 
@@ -106,7 +107,7 @@ class _Points:
         arguments = {key: value for key, value in whole.items() if "." not in key and self._is_argument(key, value)}
         overrides = {key: value for key, value in whole.items() if key not in arguments}
         name = name or _name(settings)
-        if re.search(r"[^\w.+-]", name):
+        if re.search(r"[^\w.+-]", name) or not name.strip("."):
             raise UserError(
                 f"The point name {name!r} is to name a folder; use letters, digits and any of . _ + - alone."
             )
@@ -137,6 +138,11 @@ class _Points:
             first_step=self._first_step(resolved, init_from),
             identity=identity(to_json(resolved), origin),
         )
+        if point.first_step > resolved.total_steps:
+            raise UserError(
+                f"The point {name!r} goes on from step {point.first_step} and has total_steps={resolved.total_steps}; "
+                "make it larger."
+            )
         for other in self.points.values():
             if other.identity == point.identity:
                 raise UserError(
@@ -163,7 +169,8 @@ def load_sweep(path: str, recipe: str, config: ConfigDict) -> Sweep:
     """Reads a sweep file: a Python file with `sweep(add)`, and two things if it likes.
 
     `COMMON` is a dict of settings, as `add` takes them, that hold for every point which does not say otherwise;
-    `EVALUATION` are arguments for rattn.evaluate.
+    `EVALUATION` is a list of arguments for rattn.evaluate. Points that are done keep what they were evaluated with:
+    delete a point's file in results/ and its evaluation.json to have it evaluated anew.
 
     Args:
       path: the file.
@@ -191,7 +198,10 @@ def load_sweep(path: str, recipe: str, config: ConfigDict) -> Sweep:
         module.sweep(collected.add)
     if not collected.points:
         raise UserError(f"The sweep file {path!r} adds no points; call add(…) at least once.")
-    return Sweep(tuple(collected.points.values()), tuple(getattr(module, "EVALUATION", ())))
+    evaluation = getattr(module, "EVALUATION", ())
+    if isinstance(evaluation, str):
+        raise UserError(f"EVALUATION of the sweep file {path!r} is one text, {evaluation!r}; make it a list of texts.")
+    return Sweep(tuple(collected.points.values()), tuple(evaluation))
 
 
 @contextlib.contextmanager

@@ -88,10 +88,14 @@ def write_report(
     for old in folder.glob("*.png"):
         old.unlink()
     sections = []
+    slugs: list[str] = []
     for group in groups:
+        slug = _slug(group.name)
+        # Names may differ in signs alone that no file's name has.
+        slugs.append(f"{slug}{slugs.count(slug) + 1}-" if slug in slugs else slug)
         drawn = plots(group, epsilon, {identity: curve for identity, curve in curves.items() if curve})
         for plot in drawn:
-            (folder / f"{_slug(group.name)}{plot.name}.png").write_bytes(plot.png)
+            (folder / f"{slugs[-1]}{plot.name}.png").write_bytes(plot.png)
         sections.append(_section(group, drawn, epsilon, titled=len(groups) > 1 or bool(group.name)))
     page = folder / "report.html"
     page.write_text(_page(workdir.name, results, failures, missing, sections))
@@ -182,7 +186,7 @@ def _budget(group: Group) -> str:
 
 def _table(group: Group, epsilon: float | None) -> tuple[list[str], list[list[str]]]:
     """Header and rows of plain text, a row for each variant."""
-    full, longer = group.full, group.lengths[1:]
+    full, longer = group.full, [length for length in group.lengths if length != 1]
     header = ["", "seeds", "loss", "± spread", "− full's", "bits per byte", "recall loss", "beyond W", "− full's"]
     header += ["within ε", *(f"loss at {length}×" for length in longer), "cache", "step ms", "tokens/s"]
     rows = []

@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import lzma
 import os
 import pathlib
 import shutil
@@ -32,6 +33,7 @@ from rattn.sweeping.points import Point, same_config
 
 Result = dict[str, Any]
 KEYS = {"name", "identity", "group", "settings", "finished_at", "seconds", "trained_steps", "evaluation"}
+FAILURE_KEYS = {"name", "identity", "stage", "reason", "log"}
 
 
 class Results:
@@ -91,7 +93,13 @@ class Results:
 
     def failures(self) -> list[dict[str, str]]:
         """What failed and has no result since."""
-        return [json.loads(path.read_text()) for path in sorted(self._failures.glob("*.json"))]
+        found = []
+        for path in sorted(self._failures.glob("*.json")):
+            with contextlib.suppress(ValueError):  # Cut off: it will be tried again, as all that failed.
+                record = json.loads(path.read_text())
+                if isinstance(record, dict) and record.keys() >= FAILURE_KEYS:
+                    found.append(record)
+        return found
 
     def merge(self, other: pathlib.Path) -> tuple[int, int, list[str]]:
         """Takes over the results of another workdir, or of an archive that `write_archive` made.
@@ -173,7 +181,7 @@ def training_losses(run: pathlib.Path) -> dict[int, float]:
         for line in (run / "metrics.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # A line cut off.
                 values = json.loads(line)
-                if "loss" in values:
+                if values.get("loss") is not None:
                     found[values["step"]] = values["loss"]
     return found
 
@@ -191,9 +199,12 @@ def _results_in(other: pathlib.Path) -> Iterator[Result]:
 
 
 def _unpacked(path: pathlib.Path) -> list[Result]:
-    with tarfile.open(path) as archive:
-        files = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(".json")]
-        return [_parse(archive.extractfile(member).read().decode(), f"{path}:{member.name}") for member in files]
+    try:
+        with tarfile.open(path) as archive:
+            files = [member for member in archive.getmembers() if member.isfile() and member.name.endswith(".json")]
+            return [_parse(archive.extractfile(member).read().decode(), f"{path}:{member.name}") for member in files]
+    except (EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise UserError(f"The archive {path} is damaged ({error}); copy it again.") from None
 
 
 def _conflict(ours: Result, theirs: Result, winner: Result) -> str:
@@ -213,8 +224,8 @@ def _read(path: pathlib.Path) -> Result:
 def _parse(text: str, where: str) -> Result:
     try:
         result = json.loads(text)
-        complete = result.keys() >= KEYS and "measured" in result["evaluation"]
-    except (ValueError, AttributeError, TypeError):
+        complete = result.keys() >= KEYS and result["evaluation"]["measured"]
+    except (ValueError, AttributeError, TypeError, KeyError):
         complete = False
     if not complete:
         raise UserError(f"{where} is no result of a sweep; delete it to run its point again.")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 import re
@@ -176,7 +177,7 @@ class Runner:
         try:
             found = json.loads((self.results.point_folder(point.name) / "evaluation.json").read_text())
             return found["step"] == point.config.total_steps and same_config(found["config"], point.config)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def _run(self, point: Point, stage: str, lock: int, enough: Callable[[], bool] | None = None) -> float:
@@ -204,13 +205,18 @@ class Runner:
                 # Holds the point's lock too, should it outlive this process.
                 pass_fds=[lock],
             )
-            while process.poll() is None:
-                done = done or bool(enough and enough())
-                if not signalled and (done or self._stopping or self._seconds_left() < 0):
-                    os.killpg(process.pid, signal.SIGTERM)
-                    signalled = True
-                self.table.progress(point.name, _progress(folder, point.config.total_steps))
-                time.sleep(0.1)
+            try:
+                while process.poll() is None:
+                    done = done or bool(enough and enough())
+                    if not signalled and (done or self._stopping or self._seconds_left() < 0):
+                        os.killpg(process.pid, signal.SIGTERM)
+                        signalled = True
+                    self.table.progress(point.name, _progress(folder, point.config.total_steps))
+                    time.sleep(0.1)
+            except BaseException:
+                # It saves, and is not left behind.
+                os.killpg(process.pid, signal.SIGTERM)
+                raise
         if done and not self._stopping:
             return time.monotonic() - started
         if signalled or process.returncode == EXIT_RESTART:
@@ -383,10 +389,8 @@ def _progress(folder: pathlib.Path, total_steps: int) -> str:
     values = last_metrics(folder)
     if "loss" not in values:
         return ""
-    return (
-        f"step {values['step']:,}/{total_steps:,} · loss {values['loss']:.4f} · "
-        f"{values['tokens_per_second']:,.0f} tokens/s"
-    )
+    loss = math.nan if values["loss"] is None else values["loss"]  # As `MetricsWriter` writes what is no number.
+    return f"step {values['step']:,}/{total_steps:,} · loss {loss:.4f} · {values['tokens_per_second']:,.0f} tokens/s"
 
 
 def _reason(log: pathlib.Path, begin: int, status: int) -> str:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rattn.errors import UserError
 from rattn.sweeping.results import Result
 
 Entry = dict[str, Any]
@@ -58,8 +59,19 @@ class Run:
 
     @property
     def own(self) -> Entry:
-        """What was measured at the run's own window and context; the first entry where that was not asked for."""
-        return self.at(1) or self.evaluation["measured"][0]
+        """What was measured at the run's own window and context.
+
+        Raises:
+          UserError: that was not measured.
+        """
+        found = self.at(1)
+        if found is None:
+            raise UserError(
+                f"The run {self.result['name']!r} was not evaluated at its own window and context, by which runs are "
+                "compared; add them to --windows and --lengths of the sweep's EVALUATION, and delete its result "
+                "and its evaluation.json."
+            )
+        return found
 
     @property
     def lengths(self) -> list[int]:

@@ -126,6 +126,15 @@ def test_the_command_line_answers_in_one_sentence(arguments, sentence):
     assert done.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize(("stop", "status"), [("KeyboardInterrupt", 130), ("BrokenPipeError", 141)])
+def test_who_stops_a_command_gets_no_traceback(stop, status):
+    """Whether at the keyboard or because nobody reads on, as behind `| head`."""
+    program = f"from rattn.config import run_main\ndef stopped(*_): raise {stop}\n"
+    program += "run_main(stopped, needs_config=False)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (status, "", "")
+
+
 def test_differences_name_leaves():
     old, new = to_json(load_config("configs/base.py")), to_json(load_config("configs/base.py"))
     new["model"]["window"] = 5

@@ -12,7 +12,7 @@ from rattn.data.batches import open_data
 from rattn.errors import UserError
 from rattn.evaluate import evaluate, table
 from rattn.evaluation.measure import Recall
-from rattn.evaluation.results import training_speed, write
+from rattn.evaluation.results import checked, training_speed, write
 from rattn.evaluation.slices import context_tokens
 from rattn.model.parameters import model_spec
 from rattn.restore import parameters_of
@@ -99,7 +99,8 @@ def test_speed_by_window(tmp_path, miniature):
     lines = [{"step": 0, "tokens_per_second": 1.0, "window_8/tokens_per_second": 1.0}]
     lines += [{"step": 1, "tokens_per_second": 20.0, "window_4/tokens_per_second": 16.0, "window_4/mfu": 0.5}]
     lines += [{"step": 2, "tokens_per_second": 30.0, "window_8/tokens_per_second": 32.0}, {"step": 2, "eval/loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # The last line is cut off.
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "tok')
     four = {"tokens_per_second": 16.0, "step_seconds": 16.0, "mfu": 0.5, "lines": 1}
     eight = {"tokens_per_second": 32.0, "step_seconds": 8.0, "mfu": None, "lines": 1}
     assert training_speed(tmp_path, config) == {**eight, "by_window": {"4": four, "8": eight}}
@@ -129,6 +130,15 @@ def test_what_cannot_be_evaluated_gets_a_sentence(whole, changes, arguments, sen
     config = override(saved_config(whole[0]), changes)
     with pytest.raises(UserError, match=sentence):
         evaluate(config, whole[0], recall=RECALL, **arguments)
+
+
+def test_where_a_result_cannot_go_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .* is a folder; name a file"):
+        checked(tmp_path)
+    with pytest.raises(UserError, match=r"--out .*file/e.json' cannot be written \(File exists\); name another"):
+        checked(tmp_path / "file" / "e.json")
+    assert checked(tmp_path / "new" / "e.json").parent.is_dir()
 
 
 def test_what_is_no_run_gets_a_sentence(tmp_path):

@@ -200,19 +200,6 @@ def test_a_file_of_prompts(tmp_path):
     os.close(read)
 
 
-@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
-def test_who_stops_it_gets_no_traceback(stop, status):
-    """Whether at the keyboard, also while the model loads, or because nobody reads on, as behind `| head`."""
-    code = (
-        "import sys, rattn.generate as generate\n"
-        f"def stopped(*_): raise {stop.__name__}\n"
-        "generate._answer = stopped\n"
-        "sys.exit(generate.main(None, ''))"
-    )
-    done = command(code=code)
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (status, "", "")
-
-
 def test_the_window_may_be_another(whole, generator):
     wide, row = Generator.from_checkpoint(whole[0], window=64), generator.vocabulary.encode(PROMPTS[2] + "what")
     tokens = np.asarray([row[:32]] * 3, np.int32)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rattn import accounting
+from rattn import accounting, plan
 from rattn.config import load_config, validate
 from rattn.errors import UserError
 from rattn.model.parameters import model_spec
@@ -344,3 +344,21 @@ def test_memory_formula_agrees_with_the_compiler():
         row, found = case.row(), kept[str(case)]
         assert row.fits == found["fits"], case
         assert sum(row.memory.values()) == pytest.approx(found["total_bytes"], rel=0.15), case
+
+
+def test_what_is_asked_for_twice_is_planned_once_and_without_a_window_none_is_drawn():
+    assert (plan._windows(["64", "8", "64"]), plan._mixers(["full", "swa", "full"])) == ([64, 8], ["full", "swa"])
+    with pytest.raises(UserError, match=r"--windows has '99999999999'; give whole numbers"):
+        plan._windows(["99999999999"])
+    rows = variants(small_config(model__window_choices=(2, 4)), ["full", "rattention"], [])
+    assert [tuple(row.model.window_choices) for row in rows] == [(), (2, 4)]
+
+
+def test_a_number_of_tokens_is_finite():
+    done = subprocess.run(
+        [sys.executable, "-m", "rattn.plan", "--config", RECIPE_12B, "--topology", "v6e:16x16", "--tokens=nan"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "rattn: --tokens is nan; give a number of tokens, such as 1e12.\n"

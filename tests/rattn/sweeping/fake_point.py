@@ -30,6 +30,10 @@ def train(log, arguments, fault):
             file.write(json.dumps(line) + "\n")
         (folder / "checkpoints" / str(step)).mkdir(parents=True)
 
+    if fault == "nan":
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "loss": null, "tokens_per_second": 1000.0}\n')
+        time.sleep(0.5)  # For the sweep to see it.
     if fault == "fail":
         sys.exit("rattn: The fake has no heart; give it one.")
     if fault == "restart":

@@ -74,6 +74,15 @@ def test_identity_is_of_the_run_and_not_of_where_it_lies(sweep_of):
         ("add(window=4, name='a/b')", r"The point name 'a/b' is to name a folder"),
         ("add(window=4); add(window=4, name='b')", r"'window4' and 'b' resolve to the same config"),
         ("add(init_from='trunc')", r"starts from 'trunc' and no point before it is called so"),
+        ("add(name='..')", r"The point name '..' is to name a folder"),
+        (
+            "add(name='a', total_steps=60)\n    add({'init_from_step': 40}, total_steps=30, init_from='a')",
+            r"goes on from step 40 and has total_steps=30; make it larger",
+        ),
+        (
+            "add(window=4)\nEVALUATION = '--lengths=1'",
+            r"EVALUATION of the sweep file .* is one text, '--lengths=1'; make it a",
+        ),
         ("pass", r"adds no points"),
         (
             "pass\n    add(mixer=UNKNOWN)",

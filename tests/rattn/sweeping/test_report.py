@@ -4,7 +4,10 @@ import csv
 import json
 import re
 
+import pytest
+
 from rattn.config import to_json
+from rattn.errors import UserError
 from rattn.sweeping.report import csv_text, write_report
 from rattn.sweeping.results import Results
 from rattn.sweeping.summary import grouped, loss, pareto_front, recall_beyond, recall_loss, repeated
@@ -181,6 +184,15 @@ def test_the_report_is_whole_and_needs_nothing_else(sweep_of, tmp_path):
     assert csv_text(results).startswith("name,group,identity,mixer")
     first = next(row for row in rows if row["name"] == results[0]["name"] and row["length"] == "1")
     assert float(first["loss"]) == results[0]["evaluation"]["measured"][0]["nats_per_token"]
+
+
+def test_a_run_that_was_not_measured_at_its_own_window_and_context_is_named(sweep_of, tmp_path):
+    def longer_alone(point, evaluation):
+        evaluation["measured"] = [entry for entry in evaluation["measured"] if entry["length"] > 1]
+
+    results = results_of(sweep_of(CURVE), longer_alone)
+    with pytest.raises(UserError, match=r"was not evaluated at its own window and context, by which runs are compared"):
+        write_report(results, [], tmp_path, None)
 
 
 def test_different_data_are_said_where_losses_are_compared(sweep_of, tmp_path):

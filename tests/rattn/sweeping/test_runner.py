@@ -14,7 +14,7 @@ import pytest
 
 from rattn.config import to_json
 from rattn.errors import UserError
-from rattn.sweeping.results import Results
+from rattn.sweeping.results import Results, training_losses
 from rattn.sweeping.runner import Options, Runner, fill_launcher, latest_step
 from rattn.sweeping.table import Table
 from tests.rattn.sweeping.conftest import BRANCHES
@@ -52,6 +52,34 @@ def test_a_failed_point_is_recorded_with_its_sentence_and_the_rest_go_on(sweep_o
     assert (failure["stage"], failure["name"]) == ("train", "seed1-window4-rattention")
     status, results, calls = run(sweep)
     assert (status, len(calls), results.failures()) == (0, 2, [])
+
+
+def test_a_loss_that_is_no_number_ends_no_sweep(sweep_of, run):
+    sweep = sweep_of(THREE)
+    status, results, _ = run(sweep, "train:window4:nan")
+    assert (status, len(results.all())) == (0, 3)
+    folder = next(results.point_folder(point.name) for point in sweep.points if "window4" in point.name)
+    assert training_losses(folder).keys() == {sweep.points[0].config.total_steps}
+
+
+def test_damaged_records_get_a_sentence_or_are_left_out(sweep_of, run, tmp_path):
+    sweep = sweep_of(THREE)
+    _, results, _ = run(sweep, "train:window4:fail")
+    (record,) = (tmp_path / "sweep" / "failures").glob("*.json")
+    record.write_text(record.read_text()[:20])
+    assert results.failures() == []
+    archive = tmp_path / "results.tar.xz"
+    assert results.write_archive(archive) == 2
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"archive .* is damaged|neither a sweep's workdir nor an archive"):
+        Results(tmp_path / "other").merge(archive)
+    point = next(point for point in sweep.points if results.of(point))
+    path = next((tmp_path / "sweep" / "results").glob(f"{point.name}.*"))
+    damaged = json.loads(path.read_text())
+    damaged["evaluation"]["measured"] = []
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match="is no result of a sweep; delete it"):
+        results.all()
 
 
 def test_a_failure_without_a_sentence_gives_its_last_line_and_keeps_the_training(sweep_of, run):
