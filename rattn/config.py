@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
@@ -23,6 +24,33 @@ class UnknownArgument(UserError):
 MIXERS = ("full", "swa", "rattention", "linear")
 LOCAL_MIXERS = ("swa", "rattention", "linear")
 FEATURE_MAPS = ("softmax", "relu", "identity")
+FLOAT32_MOST = 3.4e38
+# The least that numbers may be.
+LEAST = {
+    0: (
+        "data.read_threads",
+        "data.prefetch_batches",
+        "evaluation.max_batches",
+        "evaluation.final_max_batches",
+        "log.branches_every_steps",
+        "loss.chunk_tokens",
+        "model.logits_soft_cap",
+        "optimizer.warmup_steps",
+        "optimizer.decay_steps",
+    ),
+    1: (
+        "accumulation_steps",
+        "batch_size",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "context_length",
+        "evaluation.batch_size",
+        "evaluation.every_steps",
+        "log.every_steps",
+        "total_steps",
+    ),
+    2: ("data.document_tokens",),  # One that is given and one that is predicted.
+}
 CHOICES = {
     "on_non_finite": ("stop", "skip"),
     "init_from_what": ("everything", "parameters"),
@@ -161,9 +189,23 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key in ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
         if model[key] < 1:
             raise UserError(f"config.model.{key} is {model[key]}; it must be at least 1.")
-    for key in ("context_length", "batch_size", "total_steps", "accumulation_steps", "data.document_tokens"):
-        if _lookup(config, key) < 1:
-            raise UserError(f"config.{key} is {_lookup(config, key)}; it must be at least 1.")
+    for least, keys in LEAST.items():
+        for key in keys:
+            if not _lookup(config, key) >= least:
+                raise UserError(f"config.{key} is {_lookup(config, key)}; it must be at least {least}.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}; give a number from 0 to {2**32 - 1}.")
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= _lookup(config, key) < 1:
+            raise UserError(f"config.{key} is {_lookup(config, key)}; give a number from 0 to below 1.")
+    for key in ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.epsilon", "optimizer.clip_norm"):
+        if not 0 <= _lookup(config, key) <= FLOAT32_MOST:
+            raise UserError(f"config.{key} is {_lookup(config, key)}; give a float32 number that is not negative.")
+    if not all(0 <= weight < math.inf for weight in config.data.weights):
+        raise UserError(f"config.data.weights is {tuple(config.data.weights)}; give numbers that are not negative.")
+    profiled = tuple(config.log.profile_steps)
+    if profiled and not (len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
+        raise UserError(f"config.log.profile_steps is {profiled}; give the first step and the one to stop at, or ().")
     if not model.pattern:
         raise UserError("config.model.pattern is empty; name at least one mixer.")
     for name in model.pattern:

@@ -28,7 +28,10 @@ class MetricsWriter:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= first_step]
         if kept != lines:
-            self._path.write_text("".join(line + "\n" for line in kept))
+            # Whole or not at all: what a checkpoint has behind it is not made again.
+            partial = self._path.with_name(self._path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(self._path)
         self._tensorboard = (
             SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1) if config.tensorboard else None
         )

@@ -65,11 +65,12 @@ def prepare(request: Request, out: epath.PathLike) -> None:
                 split: _write_split(source, split, StreamWriter(folder, f"{stem}-{split}", vocabulary), origin)
                 for split in SPLITS
             }
-            if not splits["train"]["documents"]:
-                raise UserError(
-                    f"The task {source.name!r} gave no training documents; give it more documents, or a smaller "
-                    "--validation_fraction."
-                )
+            for split, change in (("train", "smaller"), ("validation", "larger")):
+                if not splits[split]["documents"] and (split == "train" or (corpus and request.validation_fraction)):
+                    raise UserError(
+                        f"The task {source.name!r} gave no {split} documents; give it more documents, or a {change} "
+                        "--validation_fraction."
+                    )
             entries.append({"name": source.name, "weight": source.weight, "origin": origin, "splits": splits})
         write_manifest(
             folder, task=request.task, arguments=dataclasses.asdict(request), vocabulary=vocabulary, sources=entries

@@ -11,6 +11,7 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from rattn.optimizer import learning_rate_schedule, make_optimizer
 from rattn.restore import own_state, parameters_of, state_of_another_run
 from rattn.sharding import Sharding, make_mesh
 from rattn.step import batch_shapes, make_eval_step, make_train_step
-from rattn.turns import turn
+from rattn.turns import locked, turn
 from rattn.windows import configs_by_window, window_of_step
 
 EXIT_COMPLETE, EXIT_RESTART = 0, 75
@@ -49,6 +50,37 @@ def train(config: ConfigDict, workdir: epath.PathLike, command: str = "", turn_f
       turn_file: trainings on this machine that name the same file compile at any time and train one after another.
     """
     workdir = epath.Path(workdir)
+    with _alone_in(workdir):
+        return _train(config, workdir, command, turn_file)
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: epath.Path) -> Iterator[None]:
+    """Makes the folder and locks it, where it is local, for as long as this process trains in it.
+
+    Raises:
+      UserError: it cannot be made, or another training is at work in it.
+    """
+    if not multihost.is_main() or "://" in str(workdir):
+        yield
+        return
+    path = workdir / "training.lock"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}); name another folder.") from None
+    with open(path) as file:
+        try:
+            alone = locked(file)
+        except OSError:  # A file system without locks.
+            alone = True
+        if not alone:
+            raise UserError(f"Another training is at work in {workdir}; wait for its end, or name another --workdir.")
+        yield
+
+
+def _train(config: ConfigDict, workdir: epath.Path, command: str, turn_file: str | None) -> int:
     sharding = Sharding(make_mesh(config.mesh))
     sharding.check_batch(config)
     if multihost.is_main():
@@ -147,6 +179,7 @@ class _Loop:
         step, pending = first_step, None
         with multihost.StopRequest().listening() as stop, contextlib.ExitStack() as cleanup:
             cleanup.callback(batches.close)
+            self._profiling = cleanup.enter_context(contextlib.ExitStack())
             if self.writer:
                 cleanup.callback(self.writer.close)
             train_steps = self._compile(step_functions, state, shardings)
@@ -281,8 +314,9 @@ class _Loop:
         first, last = tuple(self.config.log.profile_steps) or (None, None)
         if step == first:
             jax.profiler.start_trace(str(self.workdir / "profile"))
+            self._profiling.callback(jax.profiler.stop_trace)
         elif step == last:
-            jax.profiler.stop_trace()
+            self._profiling.close()  # Where the run was continued after the first step nothing is to be stopped.
 
 
 def state_layout(spec: ModelSpec, optimizer: Any, sharding: Sharding) -> tuple[Any, Any]:

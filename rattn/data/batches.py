@@ -22,6 +22,7 @@ from rattn.errors import UserError
 # Up to here an epoch's order is a stored permutation; beyond, Grain's index_shuffle computes each place by itself
 # (10 µs for 10⁵ rows, but 0.6 ms for 10² and 12 ms for 3).
 PERMUTED_ROWS = 2**16
+POWERS_OF_4 = frozenset(4**k for k in range(32))
 
 # Size of a global batch -> the indices of the rows that this process reads, ascending.
 LocalRows = Callable[[int], Sequence[int]]
@@ -107,7 +108,13 @@ class _RowOrder:
         if self._rows <= PERMUTED_ROWS:
             return self._index, int(self._permutation(epoch)[place])
         seed = (self._seed + epoch) % 2**32
-        return self._index, index_shuffle(place, max_index=self._rows - 1, seed=seed, rounds=4)
+        # Grain's shuffle of 4ᵏ + 1 rows never gives the last of them and one row twice. Of one row more it is one, and
+        # a place that falls on that row goes to the row that this one's place falls on.
+        rows = self._rows + (self._rows - 1 in POWERS_OF_4)
+        row = index_shuffle(place, max_index=rows - 1, seed=seed, rounds=4)
+        if row == self._rows:
+            row = index_shuffle(row, max_index=rows - 1, seed=seed, rounds=4)
+        return self._index, row
 
     def _permute(self, epoch: int) -> np.ndarray:
         # Philox's raw output, unlike NumPy's permutation, is promised to stay the same.

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,11 +59,11 @@ class Corpus:
         validation = split == "validation"
         survey = self.survey
         if survey.documents == 1 and validation_fraction:
-            (whole,) = self.documents()
+            (whole,) = self._with_text()
             cut = math.ceil(len(whole.text) * (1 - validation_fraction))
             yield Document(whole.text[cut:] if validation else whole.text[:cut], whole.group)
             return
-        for document in self.documents():
+        for document in self._with_text():
             place = position(document.group)
             held_out = place < survey.highest and (place < validation_fraction or place == survey.lowest)
             if (held_out and validation_fraction > 0) == validation:
@@ -78,7 +79,7 @@ class Corpus:
         documents = text_bytes = 0
         lowest, highest = 1.0, 0.0
         digest = hashlib.sha256()
-        for document in self.documents():
+        for document in self._with_text():
             data = document.text.encode()
             documents += 1
             text_bytes += len(data)
@@ -86,8 +87,12 @@ class Corpus:
             place = position(document.group)
             lowest, highest = min(lowest, place), max(highest, place)
         if not text_bytes:
-            raise UserError(f"The corpus is empty ({documents} documents without text); give it some text.")
+            raise UserError("The corpus has no text; give it some.")
         return Survey(documents, text_bytes, digest.hexdigest(), lowest, highest)
+
+    def _with_text(self) -> Iterator[Document]:
+        """Leaves out documents without text, which no split has."""
+        return (document for document in self.documents() if document.text)
 
 
 def position(name: str) -> float:
@@ -133,7 +138,9 @@ def text_files(files: Sequence[str]) -> Corpus:
         raise UserError("The task 'text_files' needs files, got none; give --files with .txt or .jsonl paths or globs.")
     paths = []
     for pattern in files:
-        matches = sorted(p for p in glob.glob(pattern, recursive=True) if pathlib.Path(p).is_file())
+        # A file's own name may look like a pattern.
+        found = [pattern] if pathlib.Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        matches = sorted(path for path in found if pathlib.Path(path).is_file())
         if not matches:
             raise UserError(f"No file matches {pattern!r}; give existing .txt or .jsonl files (or .gz of them).")
         paths += [pathlib.Path(match) for match in matches]
@@ -148,7 +155,7 @@ def text_files(files: Sequence[str]) -> Corpus:
             if path.name.endswith((".txt", ".txt.gz")):
                 yield Document(text, text)
             else:
-                for number, line in enumerate(text.split("\n"), start=1):
+                for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
                     if line.strip():
                         text_of_line = _json_text(line, path, number)
                         yield Document(text_of_line, text_of_line)
@@ -204,7 +211,7 @@ def _read_text(path: pathlib.Path) -> str:
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it first.") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); mend or leave out the file.") from None
 
 
@@ -213,6 +220,7 @@ def _json_text(line: str, path: pathlib.Path, number: int) -> str:
         text = json.loads(line)["text"]
         if not isinstance(text, str):
             raise TypeError
+        text.encode()  # Raises for half of a surrogate pair.
         return text
     except (ValueError, KeyError, TypeError):
         raise UserError(

@@ -21,6 +21,8 @@ from rattn.data.vocabulary import Vocabulary
 from rattn.errors import UserError
 
 SHARD_BYTES = 256 * 2**20
+# How the names of files end that a preparation writes.
+OWN_SUFFIXES = (".array_record", ".json", ".model")
 
 
 class StreamWriter:
@@ -152,11 +154,20 @@ def unfinished_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
             yield pathlib.Path(folder)
             _upload(pathlib.Path(folder), out)
         return
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).resolve()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder with --out.")
     folder = out.with_name(out.name + ".unfinished")
-    claim = _claim(folder)
+    try:
+        claim = _claim(folder)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); name another folder with --out.") from None
+    if strange := [path.name for path in folder.iterdir() if path.is_dir() or not path.name.endswith(OWN_SUFFIXES)]:
+        os.close(claim)
+        raise UserError(
+            f"{folder} is where a preparation writes and holds {strange[0]!r}, which none wrote; move it, or name "
+            "another folder with --out."
+        )
     try:
         for old in folder.iterdir():
             old.unlink()

@@ -88,6 +88,18 @@ def test_mixer_turns_local_layers_alone():
         ),
         ({"mesh.exchange": "step", "mesh.seq": 2}, "config.mesh.exchange is 'step' with seq=2 × model=1"),
         ({"mesh.exchange": "step", "mesh.model": -1}, "config.mesh.exchange is 'step' with seq=1 × model=-1"),
+        ({"checkpoint.keep": 0}, "config.checkpoint.keep is 0; it must be at least 1"),
+        ({"evaluation.every_steps": 0}, "config.evaluation.every_steps is 0; it must be at least 1"),
+        ({"data.document_tokens": 1}, "config.data.document_tokens is 1; it must be at least 2"),
+        ({"data.read_threads": -1}, "config.data.read_threads is -1; it must be at least 0"),
+        ({"seed": 10**20}, "config.seed is 100000000000000000000; give a number from 0 to 4294967295"),
+        (
+            {"optimizer.learning_rate": float("nan")},
+            "config.optimizer.learning_rate is nan; give a float32",
+        ),
+        ({"optimizer.beta1": 1.0}, "config.optimizer.beta1 is 1.0; give a number from 0 to below 1"),
+        ({"data.weights": (float("nan"),)}, "config.data.weights is (nan,); give numbers that are not negative"),
+        ({"log.profile_steps": (5,)}, "config.log.profile_steps is (5,); give the first step and the one to stop at"),
         ({"on_non_finite": "pray"}, "config.on_non_finite is 'pray'; use one of stop, skip"),
     ],
 )

@@ -148,6 +148,16 @@ def test_changed_settings_are_said(whole, miniature, capsys):
     assert "Changed since step 100: config.optimizer.learning_rate 0.01 -> 0.5" in capsys.readouterr().out
 
 
+def test_a_workdir_that_is_no_folder_or_in_use_gets_a_sentence(miniature, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--workdir .*file/run cannot be written \(.*\); name another folder"):
+        train(miniature(), tmp_path / "file" / "run")
+    with open(tmp_path / "training.lock", "w") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"Another training is at work in .*; wait for its end, or name another"):
+            train(miniature(), tmp_path)
+
+
 def test_a_non_finite_step_stops_with_its_rows_and_keeps_the_last_good_checkpoint(miniature, tmp_path):
     """A learning rate beyond float32 sends the weights to infinity at the first update."""
     config = miniature(optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
@@ -167,7 +177,7 @@ def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, caps
     """In a workdir with a relative path, as users type it, and after the training before it ended."""
     config = miniature("steps=8", optimizer__learning_rate=1e38, optimizer__warmup_steps=2, optimizer__weight_decay=1e3)
     config.on_non_finite = "skip"
-    config.log.profile_steps = (3, 5)
+    config.log.profile_steps = (3, 9)  # The run ends before.
     monkeypatch.chdir(tmp_path)
     with open("lock", "w") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
@@ -180,3 +190,5 @@ def test_a_non_finite_step_is_passed_over_when_told_to(miniature, tmp_path, caps
     assert "Compiled; waiting for another training to end" in out
     assert "its update was not applied" in out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    config.total_steps = 10  # What is continued after the first of them has nothing to stop.
+    assert train(config, "run") == 0

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rattn.data.batches import PERMUTED_ROWS, EvaluationBatches, open_data, prefetched
+from rattn.data.batches import PERMUTED_ROWS, EvaluationBatches, _RowOrder, open_data, prefetched
 from rattn.data.preparation import ensure_prepared
 from rattn.data.rows import read_rows, row_count
 from rattn.data.stream import Prepared
@@ -110,6 +110,13 @@ def test_an_epoch_visits_each_row_once_and_the_next_in_another_order(books, monk
     assert epochs[0] != list(range(63))
     assert train.epoch(0) == 0
     assert train.epoch(63) == pytest.approx(4)
+
+
+# Of 4⁸ + 1 rows Grain's own shuffle leaves out the last.
+@pytest.mark.parametrize("rows", [2**16 + 1, 2**16 + 2])
+def test_an_epoch_of_many_rows_visits_each_once(rows):
+    order = _RowOrder(0, rows, seed=5)
+    assert len({order[n][1] for n in range(3 * rows, 4 * rows)}) == rows
 
 
 def test_a_mixture_keeps_its_proportions_and_each_source_its_epochs(mixture):

@@ -70,6 +70,17 @@ def test_one_document_holds_out_its_end():
     assert [d.text for d in corpus.split("train", 0.0)] == ["0123456789" * 10]
 
 
+def test_a_document_without_text_is_in_no_split():
+    corpus = Corpus(lambda: iter([Document("hello\n", "hello"), Document("", "")]), {})
+    assert corpus.survey.documents == 1
+    assert [[d.text for d in corpus.split(split, 0.5)] for split in ("train", "validation")] == [["hel"], ["lo\n"]]
+
+
+def test_a_file_is_taken_by_its_own_name_and_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "br[1].jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert [document.text for document in text_files([f"{tmp_path}/br[1].jsonl"]).documents()] == ["a"]
+
+
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "sub").mkdir()
@@ -104,7 +115,9 @@ def test_text_files(files):
         ("x.txt.gz", b"no gzip", r"x\.txt\.gz cannot be read"),
         # With a time in it, two workers that collect in two seconds would disagree about the test's name.
         ("x.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"x\.txt\.gz cannot be read"),
-        ("x.txt", b"", r"The corpus is empty \(1 documents without text\)"),
+        ("x.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:12] + b"\xff" * 9, r"x\.txt\.gz cannot be read"),
+        ("x.jsonl", b'{"text": "\\ud800"}', r"Line 1 of .*x\.jsonl is not a JSON object with a string"),
+        ("x.txt", b"", r"The corpus has no text; give it some"),
         ("x.pdf", b"%PDF", r"x\.pdf is no text file known here"),
     ],
 )

@@ -213,6 +213,19 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_folder_that_no_preparation_wrote_is_not_emptied(tmp_path):
+    (tmp_path / "my.unfinished").mkdir()
+    (tmp_path / "my.unfinished" / "notes.txt").write_text("years of work")
+    with pytest.raises(
+        UserError, match=r"my.unfinished is where a preparation writes and holds 'notes.txt', which none"
+    ):
+        build(tmp_path / "my", {"one": (DOCUMENTS, [])})
+    assert (tmp_path / "my.unfinished" / "notes.txt").read_text() == "years of work"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/sub cannot be written \(.*\); name another folder with --out"):
+        build(tmp_path / "file" / "sub", {"one": (DOCUMENTS, [])})
+
+
 def test_a_second_preparation_waits_for_the_first(tmp_path, capfd):
     out = tmp_path / "prepared"
     second = threading.Thread(target=build, args=(tmp_path / "prepared", {"two": (DOCUMENTS, [])}))
