@@ -215,7 +215,8 @@ class Runner:
                     time.sleep(0.1)
             except BaseException:
                 # It saves, and is not left behind.
-                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
                 raise
         if done and not self._stopping:
             return time.monotonic() - started
