@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from rattn.console import speak_to_nobody
 from rattn.errors import UserError, nearest
 
 
@@ -335,8 +335,7 @@ def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
         print()  # Behind what the terminal shows of it.
         sys.exit(130)
     except BrokenPipeError:
-        # Python still writes what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        speak_to_nobody()
         sys.exit(141)
     except (flags.Error, ValueError, TypeError) as error:
         if isinstance(error, flags.Error) or not flags.FLAGS.is_parsed():

@@ -12,6 +12,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from rattn.console import speak
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` (one JSON object a line) and to TensorBoard event files.
@@ -87,13 +89,13 @@ class Progress:
         if "mfu" in values:
             line += f" · MFU {100 * values['mfu']:.1f} %"
         line += f" · {_duration(eta)} left"
-        print(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
+        speak(f"\r\033[K{line}" if self._live else line, end="" if self._live else "\n")
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self._silent:
             return
-        print(f"\r\033[K{text}" if self._live else text, flush=True)
+        speak(f"\r\033[K{text}" if self._live else text)
 
 
 def _duration(seconds: float) -> str:

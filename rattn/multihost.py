@@ -11,6 +11,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from rattn.console import speak
+
 
 def define_flags() -> None:
     """Declares the flags by which processes find each other."""
@@ -36,7 +38,7 @@ def is_main() -> bool:
 def say(text: str) -> None:
     """Prints on the main process."""
     if is_main():
-        print(text, flush=True)
+        speak(text)
 
 
 def wait_for_all(name: str) -> None:

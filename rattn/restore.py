@@ -128,6 +128,12 @@ def _check_continues(checkpoints: Checkpoints, step: int, meta: Meta, otherwise:
     before, now = (config["optimizer"]["name"] for config in (found["config"], meta["config"]))
     if before != now:
         raise UserError(f"{where} holds the state of {before} and config.optimizer.name is {now!r}; {remedy}.")
+    before, now = (config["optimizer"]["clip_norm"] for config in (found["config"], meta["config"]))
+    if bool(before) != bool(now):
+        raise UserError(
+            f"{where} was trained with config.optimizer.clip_norm={before} and here it is {now}, for which the state "
+            f"has another form; give a number that clips nothing in place of 0, or {remedy}."
+        )
     for key, before, now in differences(found["config"], meta["config"]):
         if not key.startswith(FREE_SECTIONS):
             multihost.say(f"Changed since step {step}: config.{key} {before} -> {now}")

@@ -147,6 +147,17 @@ def test_who_stops_a_command_gets_no_traceback(stop, status):
     assert (done.returncode, done.stdout.strip(), done.stderr) == (status, "", "")
 
 
+def test_what_is_said_to_nobody_ends_no_work():
+    program = "import sys\nfrom rattn.console import speak\nfor n in range(5000): speak('line ' * 20)\n"
+    program += "print('done', file=sys.stderr)"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
+
+
 def test_differences_name_leaves():
     old, new = to_json(load_config("configs/base.py")), to_json(load_config("configs/base.py"))
     new["model"]["window"] = 5

@@ -122,6 +122,7 @@ def test_parameters_alone_come_from_the_step_asked(whole, miniature):
         ("steps=60", {"init_from_step": 60}, "goes on from step 60 of .* and config.total_steps is 60, which counts"),
         ("", {"data__source": "synthetic"}, "with fingerprint .* or its weights alone, with config.init_from_what"),
         ("", {"optimizer__name": "rmsprop"}, "holds the state of adamw and config.optimizer.name is 'rmsprop'; use"),
+        ("", {"optimizer__clip_norm": 0.0}, r"was trained with config.optimizer.clip_norm=1.0 and here it is 0.0, for"),
         ("mixer=swa", {}, r"linear_norm.scale is \(1, 4, 8\) float32 there and absent in this config; use that run's"),
         (
             "mixer=swa",
