@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from rattn.console import speak
+from rattn.files import write_whole
 
 
 class MetricsWriter:
@@ -31,9 +32,7 @@ class MetricsWriter:
         kept = [line for line in lines if _step_of(line) <= first_step]
         if kept != lines:
             # Whole or not at all: what a checkpoint has behind it is not made again.
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(self._path)
+            write_whole(self._path, "".join(line + "\n" for line in kept))
         self._tensorboard = (
             SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1) if config.tensorboard else None
         )

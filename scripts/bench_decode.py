@@ -38,6 +38,7 @@ from rattn.config import load_config, set_mixer, validate
 from rattn.decoding import cache as caches
 from rattn.decoding.decoder import ATTENTIONS, PRODUCTS, Decoder
 from rattn.decoding.sampling import Sampling
+from rattn.files import write_whole
 from rattn.generate import on_devices
 from rattn.model.parameters import model_spec, parameter_count
 from scripts.constants import constants_set
@@ -193,13 +194,8 @@ def main():
 
 def write(path, result):
     """Writes what there is so far, in place of what was written before."""
-    if not path:
-        return
-    whole = pathlib.Path(path)
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    partial = whole.with_name(whole.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(whole)
+    if path:
+        write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def said(error):

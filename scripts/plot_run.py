@@ -3,7 +3,6 @@
 python scripts/plot_run.py runs/tiny docs/tiny_loss.png
 """
 
-import json
 import pathlib
 import sys
 
@@ -13,11 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from rattn.files import metrics_lines
+
 
 def main(workdir: str, out: str) -> None:
     """Training loss in bits a token, validation in bits per byte, over steps."""
-    values = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    train = [(v["step"], v["loss"] / np.log(2)) for v in values if "loss" in v]
+    values = metrics_lines(workdir)
+    train = [(v["step"], v["loss"] / np.log(2)) for v in values if v.get("loss") is not None]
     evaluation = [(v["step"], v["eval/bits_per_byte"]) for v in values if "eval/bits_per_byte" in v]
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.plot(*zip(*train, strict=True), color="#9db4c0", linewidth=1, label="training, bits a token")

@@ -61,7 +61,6 @@ for a window W that is a power of two, the bins with last ≤ W are recall withi
 beyond it. Sums over bins are weighted by `targets`. What a recall token is stands in `rattn.evaluation.recall`.
 """
 
-import contextlib
 import json
 import math
 from typing import Any
@@ -71,19 +70,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rattn.errors import UserError
+from rattn.files import metrics_lines, write_whole
 
 FORMAT = 1
 
 
 def training_speed(workdir: epath.PathLike, config: ConfigDict) -> dict[str, Any] | None:
     """Returns the entry `training`, None where the workdir has no metrics of training steps."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # A line cut off.
-            line = json.loads(text)
-            if "tokens_per_second" in line:
-                lines.append(line)
+    lines = [line for line in metrics_lines(workdir) if "tokens_per_second" in line]
     lines = lines[min(math.ceil(len(lines) / 10), len(lines) - 1) :]
     if not lines:
         return None
@@ -129,7 +123,4 @@ def checked(out: epath.PathLike) -> epath.Path:
 
 def write(result: dict[str, Any], out: epath.PathLike) -> None:
     """Writes the file, which appears only when it is whole."""
-    out = checked(out)
-    unfinished = out.with_name(out.name + ".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(out)
+    write_whole(out, json.dumps(result, indent=1, allow_nan=False) + "\n")

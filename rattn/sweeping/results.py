@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rattn.errors import UserError
+from rattn.files import metrics_lines, write_whole
 from rattn.sweeping.points import Point, same_config
 
 Result = dict[str, Any]
@@ -167,23 +168,14 @@ def checkpoint_steps(run: pathlib.Path) -> list[int]:
 def last_metrics(run: pathlib.Path) -> dict[str, float]:
     """The last training line of metrics.jsonl, and the last of each evaluation key; empty where there is none."""
     found: dict[str, float] = {}
-    with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines()[-50:]:
-            with contextlib.suppress(ValueError):  # The line that is being written.
-                found |= json.loads(line)
+    for values in metrics_lines(run, last=50):
+        found |= values
     return found
 
 
 def training_losses(run: pathlib.Path) -> dict[int, float]:
     """The loss of every step that metrics.jsonl has one of; empty where there is no such file."""
-    found: dict[int, float] = {}
-    with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # A line cut off.
-                values = json.loads(line)
-                if values.get("loss") is not None:
-                    found[values["step"]] = values["loss"]
-    return found
+    return {values["step"]: values["loss"] for values in metrics_lines(run) if values.get("loss") is not None}
 
 
 def _results_in(other: pathlib.Path) -> Iterator[Result]:
@@ -233,11 +225,7 @@ def _parse(text: str, where: str) -> Result:
 
 
 def _write(path: pathlib.Path, value: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _dumps(value: Any) -> str:
