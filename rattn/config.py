@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rattn.console import speak_to_nobody
+from rattn.console import stopped_quietly
 from rattn.errors import UserError, nearest
 
 
@@ -47,6 +47,13 @@ LEAST = {
         "evaluation.batch_size",
         "evaluation.every_steps",
         "log.every_steps",
+        "model.head_dim",
+        "model.kv_heads",
+        "model.layers",
+        "model.mlp_width",
+        "model.query_heads",
+        "model.vocab_size",
+        "model.width",
         "total_steps",
     ),
     2: ("data.document_tokens",),  # One that is given and one that is predicted.
@@ -186,9 +193,6 @@ def validate(config: ConfigDict) -> ConfigDict:
                 f"config.{key} is {value!r}{nearest(str(value), choices)}; use one of {', '.join(choices)}."
             )
     model = config.model
-    for key in ("width", "layers", "query_heads", "kv_heads", "head_dim", "mlp_width", "vocab_size"):
-        if model[key] < 1:
-            raise UserError(f"config.model.{key} is {model[key]}; it must be at least 1.")
     for least, keys in LEAST.items():
         for key in keys:
             if not _lookup(config, key) >= least:
@@ -302,6 +306,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
+@stopped_quietly()
 def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
     """Runs an entry point: `--config recipe.py:arguments` and overrides in, an exit status out.
 
@@ -331,12 +336,6 @@ def run_main(main: Callable[..., int], *, needs_config: bool = True) -> None:
         app.run(guarded, argv=rest, flags_parser=lambda arguments: flags.FLAGS(list(arguments)))
     except UserError as error:
         sys.exit(f"rattn: {error}")
-    except KeyboardInterrupt:
-        print()  # Behind what the terminal shows of it.
-        sys.exit(130)
-    except BrokenPipeError:
-        speak_to_nobody()
-        sys.exit(141)
     except (flags.Error, ValueError, TypeError) as error:
         if isinstance(error, flags.Error) or not flags.FLAGS.is_parsed():
             sys.exit(f"rattn: {str(error).strip().splitlines()[-1]}")

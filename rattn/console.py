@@ -1,7 +1,9 @@
-"""What is said on standard output, and a reader of it that goes away, as `head` does."""
+"""What is said on standard output, a reader of it that goes away, as `head` does, and Ctrl-C."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
 def speak(text: str, end: str = "\n") -> None:
@@ -10,6 +12,19 @@ def speak(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
     except BrokenPipeError:
         speak_to_nobody()
+
+
+@contextlib.contextmanager
+def stopped_quietly() -> Iterator[None]:
+    """Leaves the program at Ctrl-C, and when its reader goes away, without a word and with a shell's statuses."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print()  # Behind what the terminal shows of it.
+        sys.exit(130)
+    except BrokenPipeError:
+        speak_to_nobody()
+        sys.exit(141)
 
 
 def speak_to_nobody() -> None:

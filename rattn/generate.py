@@ -189,9 +189,6 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts is one text, {prompts[:20]!r}; give a list of texts.")
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
-                raise UserError(f"Prompt {index} is {str(prompt)[:20]}; give a text or a list of ids.")
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; ask for at least 1.")
         if not 0 <= seed < 2**32:
@@ -221,6 +218,8 @@ class Generator:
 
     def _encoded(self, index: int, prompt: str | Sequence[int]) -> list[int]:
         vocabulary = self.vocabulary
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence | np.ndarray):
+            raise UserError(f"Prompt {index} is {str(prompt)[:20]}; give a text or a list of ids.")
         if isinstance(prompt, str) and (broken := [c for c in prompt if "\ud800" <= c <= "\udfff"]):
             raise UserError(f"Prompt {index} holds {broken[0]!r}, which is no character; give text in UTF-8.")
         ids = vocabulary.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]

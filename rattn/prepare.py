@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from rattn.console import speak_to_nobody
+from rattn.console import stopped_quietly
 from rattn.data.corpora import CORPORA, Corpus, open_corpus, position
 from rattn.data.preparation import Request
 from rattn.data.stream import MANIFEST_FILE, SPLITS, Prepared
@@ -34,6 +34,7 @@ from rattn.errors import UserError, nearest
 VOCABULARY_TEXT_BYTES = 100 * 2**20
 
 
+@stopped_quietly()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     try:
@@ -42,11 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        speak_to_nobody()
-        return 141
     return 0
 
 

@@ -130,7 +130,7 @@ class Sharding:
                 if size % parts:
                     raise UserError(
                         f"Parameter {path} has {dim}={size}, which mesh axis {axis!r} of {parts} does not divide; "
-                        f"use fewer devices along it or change the model."
+                        "use fewer devices along it or change the model."
                     )
         return jax.tree.map(lambda dims: self.named(*dims), logical, is_leaf=lambda x: isinstance(x, tuple))
 
