@@ -42,7 +42,7 @@ class Notes(NamedTuple):
 
 def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
     """Returns what the first layer of a step takes."""
-    hopper = any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
+    hopper = hopper_attends(layers, layout, kernels)
     return Notes(
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((layout.batch, layers[0].kv_heads), jnp.int32),
         ready_P=mosaic_gpu.none_ready() if hopper else None,
@@ -139,6 +139,11 @@ def attend(
         )
         return o_BE, cache, notes._replace(arrivals_BK=arrivals_BK)
     return *attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: layout.batch]), notes
+
+
+def hopper_attends(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
+    """Returns whether a kernel for a Hopper has any layer."""
+    return any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
 
 
 def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:

@@ -181,12 +181,3 @@ def fold(layer: LayerSpec, layout: CacheLayout, weights: Weights, cache: LayerCa
         initial_state=cache["state_BKPH"].astype(jnp.float32),
     )
     return state_BKPH.astype(cache["state_BKPH"].dtype)
-
-
-def folded(layers: tuple[LayerSpec, ...], weights: tuple[Weights, ...], cache: Cache) -> Cache:
-    """Returns the cache with every state caught up."""
-    done = tuple(
-        kept | {"state_BKPH": fold(layer, cache.layout, w, kept, cache.clock)} if layer.has_linear else kept
-        for layer, w, kept in zip(layers, weights, cache.layers, strict=True)
-    )
-    return Cache(done, dataclasses.replace(cache.clock, unfolded=jnp.zeros_like(cache.clock.unfolded)), cache.layout)

@@ -252,13 +252,14 @@ class Decoder:
           *rest: as `what` says.
         """
         where = caches.cache_shardings(self.layers, layout, self.sharding)
+        how = {"donate_argnums": 1, "compiler_options": step.compiler_options(self.layers, layout, self._kernels)}
         if what == "step":
-            return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
+            return jax.jit(self._step, out_shardings=(self.sharding.named("batch", None), where), **how)
         if what == "sample":
             run = functools.partial(
                 step.sampled_steps, self.layers, self.model, self._kernels, sampling=rest[0], steps=layout.fold_tokens
             )
-            return jax.jit(run, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
+            return jax.jit(run, out_shardings=(self.sharding.named("batch", None), where), **how)
         layer, history = rest
         run = functools.partial(prefill.prefill_layer, layer, layout, self._operators, history)
         x_sharding = self.sharding.named("batch", None, None)
@@ -267,13 +268,16 @@ class Decoder:
     def _step(self, weights: dict[str, Any], cache: Cache, tokens_B: jax.Array) -> tuple[jax.Array, Cache]:
         cache = jax.lax.cond(
             cache.clock.unfolded == cache.layout.fold_tokens,
-            lambda cache: caches.folded(self.layers, weights["layers"], cache),
+            lambda cache: step.folded(self.layers, self._kernels, weights, cache),
             lambda cache: cache,
             cache,
         )
         rotations = ring_rotations(self.layers, cache.layout, self._kernels, weights)
         now = jax.tree.map(lambda x: x[0], moments(self.layers, cache.layout, self._kernels, cache.clock, 1))
-        return step.step(self.layers, self.model, self._kernels, rotations, now, weights, cache, tokens_B)
+        notes = step.first_notes(self.layers, cache.layout, self._kernels)
+        given = rotations, now, weights, cache, tokens_B, notes
+        logits_BV, cache, _ = step.step(self.layers, self.model, self._kernels, *given)
+        return logits_BV, cache
 
     def _check(self, cache: Cache, batch: int) -> None:
         expected = self.layout(cache.layout.batch, cache.layout.capacity)

@@ -4,6 +4,7 @@ A local layer costs O(W + P·H) a token, whatever came before. Nothing is moved:
 a full layer's cache in one row for each sequence, a state nothing until the next fold.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -11,13 +12,29 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rattn.decoding import attention, mosaic_gpu, products_gpu, products_persistent_gpu
+from rattn.decoding import attention, fold_gpu, mosaic_gpu, products_gpu, products_persistent_gpu
 from rattn.decoding.attention import Moment
-from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, folded
+from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, fold
 from rattn.decoding.kernels import Kernels
 from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project, projection_weights
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import ACTIVATIONS
+
+
+# Sequences for which steps were timed as a CUDA graph and as kernels, and kernels were faster.
+WITHOUT_GRAPHS = range(32, 129)
+
+
+class Notes(NamedTuple):
+    """In which programs of kernels tell each other how far they are; layers and steps hand them on.
+
+    Attributes:
+      attention: of its kernels.
+      products: counters, where they are one kernel.
+    """
+
+    attention: attention.Notes
+    products: tuple[jax.Array, jax.Array] | None
 
 
 class Handed(NamedTuple):
@@ -26,14 +43,31 @@ class Handed(NamedTuple):
     Attributes:
       x_BD: the residual stream; padded where products are one kernel, so that its first B rows are the sequences'.
       qkv_BKAH: the next layer's projections of it, likewise; None behind the last layer.
-      notes: of attention's kernels.
-      counters: of products, where they are one kernel.
+      notes: of the kernels.
     """
 
     x_BD: jax.Array
     qkv_BKAH: jax.Array | None
-    notes: attention.Notes
-    counters: tuple[jax.Array, jax.Array] | None
+    notes: Notes
+
+
+def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
+    """Returns what a first step takes."""
+    persistent = kernels.products_for(layout.batch) == "persistent"
+    return Notes(
+        attention=attention.first_notes(layers, layout, kernels),
+        products=products_persistent_gpu.zero_counters() if persistent else None,
+    )
+
+
+def compiler_options(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> dict[str, str] | None:
+    """Returns XLA's options for steps.
+
+    Kernels for a Hopper copy what they may before the one in front is done, for which they have to begin before. XLA
+    would record each as a CUDA graph of its own, which begins when the one in front has ended.
+    """
+    kernels_alone = layout.batch in WITHOUT_GRAPHS and attention.hopper_attends(layers, layout, kernels)
+    return {"xla_gpu_enable_command_buffer": ""} if kernels_alone else None
 
 
 def step(
@@ -45,8 +79,9 @@ def step(
     weights: dict[str, Any],
     cache: Cache,
     tokens_B: jax.Array,
-) -> tuple[jax.Array, Cache]:
-    """Runs int32 tokens_B through the model; returns float32 logits_BV and the cache with them in it.
+    notes: Notes,
+) -> tuple[jax.Array, Cache, Notes]:
+    """Runs int32 tokens_B through the model; returns float32 logits_BV, the cache with them in it, and the next notes.
 
     At most C steps may follow one another without `folded`.
 
@@ -59,6 +94,7 @@ def step(
       weights: the model's.
       cache: with the tokens before.
       tokens_B: each sequence's next token.
+      notes: of the step before, or `first_notes`.
     """
     B, x_BD = tokens_B.shape[0], embed(weights["model"], tokens_B)
     products = kernels.products_for(B)
@@ -68,8 +104,7 @@ def step(
     handed = Handed(
         x_BD=x_BD,
         qkv_BKAH=_first_projections(layers[0], kernels, products, per_layer[0], x_BD),
-        notes=attention.first_notes(layers, cache.layout, kernels),
-        counters=products_persistent_gpu.zero_counters() if products == "persistent" else None,
+        notes=notes,
     )
     kept = []
     for number, (layer, rotation, layer_cache) in enumerate(zip(layers, rotations, cache.layers, strict=True)):
@@ -80,7 +115,23 @@ def step(
         )
         kept.append(layer_cache)
     x_BD = handed.x_BD[:B]
-    return logits(model, weights["model"], x_BD), Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
+    after = Cache(tuple(kept), cache.clock.after_a_step(), cache.layout)
+    return logits(model, weights["model"], x_BD), after, handed.notes
+
+
+def folded(layers: tuple[LayerSpec, ...], kernels: Kernels, weights: dict[str, Any], cache: Cache) -> Cache:
+    """Returns the cache with every state caught up."""
+
+    def state_of(layer: LayerSpec, own: Weights, kept: LayerCache) -> jax.Array:
+        if kernels.attention != "xla" and fold_gpu.fits(layer, cache.layout):
+            return fold_gpu.fold(layer, cache.layout, kept, cache.clock, interpret=kernels.interpret)
+        return fold(layer, cache.layout, own, kept, cache.clock)
+
+    done = tuple(
+        kept | {"state_BKPH": state_of(layer, own, kept)} if layer.has_linear else kept
+        for layer, own, kept in zip(layers, weights["layers"], cache.layers, strict=True)
+    )
+    return Cache(done, dataclasses.replace(cache.clock, unfolded=jnp.zeros_like(cache.clock.unfolded)), cache.layout)
 
 
 def sampled_steps(
@@ -117,22 +168,24 @@ def sampled_steps(
     rotations = attention.ring_rotations(layers, cache.layout, kernels, weights)
 
     def body(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
-        (rings, clock, tokens_B), (index, moments_now) = carry, now
+        (rings, clock, tokens_B, out_SB, notes), (index, moments_now) = carry, now
         # XLA would make their slices part of the kernels' calls, each of them anew.
         moments_now = jax.lax.optimization_barrier(moments_now)
         # The states are not in the carry: a step only reads them.
         whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-        logits_BV, after = step(
-            layers, model, kernels, rotations, moments_now, weights, Cache(whole, clock, cache.layout), tokens_B
-        )
+        before = Cache(whole, clock, cache.layout)
+        logits_BV, after, notes = step(layers, model, kernels, rotations, moments_now, weights, before, tokens_B, notes)
         tokens_B = sample(logits_BV, keys_B, first + index, sampling)
-        return (_rings(after), after.clock, tokens_B), tokens_B
+        # As an output of the loop it would be copied to its row, which stands between kernels on a GPU.
+        out_SB = jnp.where(steps_S[:, None] == index, tokens_B, out_SB)
+        return (_rings(after), after.clock, tokens_B, out_SB, notes), None
 
-    start = (_rings(cache), cache.clock, tokens_B)
-    each = jnp.arange(steps, dtype=jnp.int32), attention.moments(layers, cache.layout, kernels, cache.clock, steps)
-    (rings, clock, _), out_SB = jax.lax.scan(body, start, each)
+    steps_S, none_SB = jnp.arange(steps, dtype=jnp.int32), jnp.zeros((steps, *tokens_B.shape), jnp.int32)
+    start = (_rings(cache), cache.clock, tokens_B, none_SB, first_notes(layers, cache.layout, kernels))
+    each = steps_S, attention.moments(layers, cache.layout, kernels, cache.clock, steps)
+    (rings, clock, _, out_SB, _), _ = jax.lax.scan(body, start, each)
     whole = tuple(ring | state for ring, state in zip(rings, states, strict=True))
-    return jnp.swapaxes(out_SB, 0, 1), folded(layers, weights["layers"], Cache(whole, clock, cache.layout))
+    return jnp.swapaxes(out_SB, 0, 1), folded(layers, kernels, weights, Cache(whole, clock, cache.layout))
 
 
 def _rings(cache: Cache) -> tuple[LayerCache, ...]:
@@ -172,14 +225,12 @@ def _layer_step(
 
     `early`, `position` and `clock` are as `attention.attend` takes them, `following` that layer's weights.
     """
-    x_BD, qkv_BKAH, notes, counters = handed
-    o_BE, cache, notes = attention.attend(
-        layer, layout, kernels, early, position, weights, cache, clock, qkv_BKAH, notes
-    )
+    x_BD, qkv_BKAH, (told, counters) = handed
+    o_BE, cache, told = attention.attend(layer, layout, kernels, early, position, weights, cache, clock, qkv_BKAH, told)
     if products == "xla":
         x_BD = finish(layer, weights, x_BD, o_BE)
         qkv_BKAH = project(layer, following, x_BD) if following else None
-        return Handed(x_BD, qkv_BKAH, notes, counters), cache
+        return Handed(x_BD, qkv_BKAH, Notes(told, counters)), cache
     given = {"out": weights["out_DE"], "gate_up": weights["gate_up_JCFD"], "down": weights["down_DF"]}
     if following:
         given["qkv"] = following["qkv_KAHD"].reshape(-1, x_BD.shape[1])
@@ -189,4 +240,4 @@ def _layer_step(
     else:
         x_BD, qkv_BN = products_gpu.run(o_BE, x_BD, given, interpret=kernels.interpret, **how)
     qkv_BKAH = qkv_BN.reshape(-1, *following["qkv_KAHD"].shape[:-1]) if following else None
-    return Handed(x_BD, qkv_BKAH, notes, counters), cache
+    return Handed(x_BD, qkv_BKAH, Notes(told, counters)), cache

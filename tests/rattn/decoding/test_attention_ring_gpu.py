@@ -10,9 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import devices
 from kernels_pallas.residual_linear_attention.feature_map import features
-from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan, mosaic_gpu
+from rattn.config import load_config
+from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan, mosaic_gpu, step
 from rattn.decoding.attention_ring_gpu import Plan
 from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call, Job
+from rattn.decoding.cache import CacheLayout
+from rattn.decoding.kernels import Kernels
+from rattn.decoding.layers import layer_specs
 from rattn.model.layers import rms_norm, rope_angles, rotate
 from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, lowered_step, races
 
@@ -257,6 +261,17 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatc
     long = dataclasses.replace(layer, window=2048), dataclasses.replace(layout, capacity=4096)
     assert not attention_ring_gpu.fits(*long)
     assert lowered_step(mini, 3, 96).count("@mosaic_gpu_v2(") == 1
+
+
+@pytest.mark.parametrize(
+    ("attention", "batch", "graphs"),
+    [("pallas_gpu_hopper", 48, False), ("pallas_gpu_hopper", 1, True), ("pallas_gpu", 48, True), ("xla", 48, True)],
+)
+def test_steps_are_no_graphs_where_a_kernel_for_a_hopper_begins_early(attention, batch, graphs):
+    layers = layer_specs(load_config("configs/rattn_3b.py").model)
+    kernels = Kernels(attention, "xla")
+    options = step.compiler_options(layers, CacheLayout(batch, 2048, 512, 32, "bfloat16"), kernels)
+    assert options == (None if graphs else {"xla_gpu_enable_command_buffer": ""})
 
 
 @pytest.mark.gpu
