@@ -184,10 +184,12 @@ class Answers(Warpgroup):
             return plgpu.load(self.out.at[pl.ds(first, Q)], layout=layout, optimized=False)
 
         linear = normed(out(2 * Q) + out(call.columns), scales[1])
-        if call.split:
-            pl.when(job.softmax == 0)(lambda: self.leave(linear))
 
-        def finish_softmax():
+        new_k, new_v = (
+            plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)
+        )
+
+        def softmax():
             most = [rows(self.most, part) for part in (0, 1)]
             # A part of which no key is visible has LEAST as its maximum and weights of 1, which this makes 0.
             shrink = [jnp.exp2(part - jnp.maximum(*most)) for part in most]
@@ -195,28 +197,41 @@ class Answers(Warpgroup):
             warps = [self.totals.at[n, warp] for n in range(KEY_WARPGROUPS) for warp in range(4)]
             totals = [[rows(warp, part) for warp in warps] for part in (0, 1)]
             total = (sum(totals[0]) + weight) * shrink[0] + sum(totals[1]) * shrink[1]
-            new_k, new_v = (
-                plgpu.load(self.new.at[slot, 2 * Q + n], layout=layout.reduce(0), optimized=False) for n in (0, 1)
-            )
             o = (out(0) + across(new_v.astype(jnp.float32), 1) * across(weight)) * across(shrink[0])
-            softmax = normed((o + out(Q) * across(shrink[1])) * across(1.0 / total), scales[0])
-            other = linear
-            if call.split:  # None or one.
-                other = jax.lax.fori_loop(0, 1 - job.linear, lambda *_: self.take(layout), linear)
-            self.found.at[b, h][...] = (softmax + other).astype(jnp.bfloat16)
+            return normed((o + out(Q) * across(shrink[1])) * across(1.0 / total), scales[0])
+
+        def write(one, other):
+            self.found.at[b, h][...] = (one + other).astype(jnp.bfloat16)
             for kept, row in ((self.k, new_k), (self.v, new_v)):
                 kept.at[b, h, self.counts[b, 0]][...] = row
 
-        self.if_one(job.softmax, finish_softmax)
+        if not call.split:
+            write(softmax(), linear)
+        elif call.pairs:  # Softmax branches are there first.
+            pl.when(job.softmax == 0)(lambda: write(self.take(job, layout), linear))
+            pl.when(job.softmax == 1)(lambda: self.write_or_leave(job, write, softmax(), linear))
+        else:
+            pl.when(job.softmax == 0)(lambda: self.leave(job, linear))
+            pl.when(job.softmax == 1)(lambda: write(softmax(), self.own_or_taken(job, layout, linear)))
         plgpu.barrier_arrive(self.new_empty.at[slot])
 
-    def leave(self, linear):
-        """Leaves a head's linear branch, float32 [Q, H], to the program that has its softmax branch."""
-        self.parts.at[self.program][...] = linear
-        mosaic_gpu.say_ready(self.ready.at[self.program], self.plan.interpret)
+    def own_or_taken(self, job, layout, linear):
+        """Returns the linear branch of a head that has the softmax one: its own, or another program's."""
+        return jax.lax.fori_loop(0, 1 - job.linear, lambda *_: self.take(job, layout), linear)  # None or one.
 
-    def take(self, layout):
-        """Waits for the linear branch of the head of which this program has the softmax branch, and returns it."""
-        other = self.program - self.call.split
-        mosaic_gpu.take_ready(self.ready.at[other], self.plan.interpret)
-        return plgpu.load(self.parts.at[other], layout=layout, optimized=False)
+    def write_or_leave(self, job, write, softmax, linear):
+        """Writes a whole head's result, or leaves the softmax branch."""
+        pl.when(job.linear == 1)(lambda: write(softmax, linear))
+        pl.when(job.linear == 0)(lambda: self.leave(job, softmax))
+
+    def leave(self, job, branch):
+        """Leaves one branch of a head, float32 [Q, H], to the program that has the other."""
+        number = self.call.split_number(job)
+        self.parts.at[number][...] = branch
+        mosaic_gpu.say_ready(self.ready.at[number], self.plan.interpret)
+
+    def take(self, job, layout):
+        """Waits for the branch of a head that another program has, and returns it."""
+        number = self.call.split_number(job)
+        mosaic_gpu.take_ready(self.ready.at[number], self.plan.interpret)
+        return plgpu.load(self.parts.at[number], layout=layout, optimized=False)

@@ -26,6 +26,8 @@ COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 136
 PROGRAMS = MULTIPROCESSORS
 # Copies of a program that are on their way at a time: with more all else comes later that it reads, its code too.
 ON_THE_WAY = 4
+# Whether programs take two softmax branches, where no program has more to copy so. Not timed yet.
+PAIRS_OF_SOFTMAX = False
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
 
@@ -72,7 +74,8 @@ class Call:
       on_the_way: copies that are on their way at a time.
       copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
-      split: heads of which each branch is another program's, those that are left when all programs have as many.
+      split: heads of which each branch is another program's, the last ones.
+      pairs: programs of two softmax branches, the first ones; else those with a branch have a whole head before it.
       programs: that there are.
     """
 
@@ -90,32 +93,49 @@ class Call:
         self.waiting_tiles = _most_tiles(S, S - W)
         self.copies_of_a_head = self.tiles + self.waiting_tiles + STATE_TILES + self.tiles
         self.early = min(self.places, self.tiles)
-        rest = B * K % PROGRAMS
-        self.split = rest if rest < B * K and 2 * rest <= PROGRAMS else 0
+        # After a softmax branch a tile of keys comes when that of before was taken, and what is on its way are values.
+        paired = PAIRS_OF_SOFTMAX and 2 * self.tiles >= self.places and self.tiles >= self.on_the_way
+        self.split, self.pairs = _split(B * K, paired)
+        self.whole = B * K - self.split
         self.programs = min(PROGRAMS, B * K)
 
     def jobs(self, program):
         """Returns how many jobs a program has."""
-        whole = self.B * self.K - self.split
-        jobs = jax.lax.div(whole - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+        if self.pairs:
+            return 1 + (program < self.pairs + self.split).astype(jnp.int32)
+        jobs = jax.lax.div(self.whole - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
         return jobs + jnp.where(program < 2 * self.split, 1, 0) if self.split else jobs
 
     def job(self, program, i):
         """Returns a program's job number i.
 
-        Of a head that is split the linear branch's program, for which the other one waits, begins before that one.
+        Of a head that is split the program for which the other one waits begins before that one.
         """
-        whole, head, branches = self.B * self.K - self.split, program + i * PROGRAMS, ()
-        if self.split:
+        if self.pairs:
+            is_pair = (program < self.pairs).astype(jnp.int32)
+            of_pair = self.whole + 2 * program + i
+            head = jnp.where(is_pair == 1, of_pair, program - self.pairs + i * self.whole)
+            branches = jnp.maximum(is_pair, (i == 0).astype(jnp.int32)), 1 - is_pair
+        elif self.split:
+            head = program + i * PROGRAMS
             second = (program >= self.split).astype(jnp.int32)
-            is_whole = (head < whole).astype(jnp.int32)
+            is_whole = (head < self.whole).astype(jnp.int32)
             head -= (1 - is_whole) * second * self.split
             branches = jnp.maximum(is_whole, second), jnp.maximum(is_whole, 1 - second)
+        else:
+            head, branches = program + i * PROGRAMS, ()
         return Job(i, *(operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem)), *branches)
 
+    def split_number(self, job):
+        """Returns which of the heads that are split a job's is."""
+        return job.b * self.K + job.h - self.whole
+
     def numbers(self, job):
-        """Returns the `Numbers` of a job; those before it are whole heads."""
-        keys = job.i * self.copies_of_a_head
+        """Returns the `Numbers` of a job; those before it are whole heads, or as it is in a pair."""
+        before = self.copies_of_a_head
+        if self.pairs:
+            before = jnp.where(job.linear == 0, 2 * self.tiles, before)
+        keys = job.i * before
         waiting = keys + job.softmax * self.tiles
         states = waiting + job.linear * self.waiting_tiles
         values = states + job.linear * STATE_TILES
@@ -146,6 +166,21 @@ class Call:
         oldest = newest - self.W - unfolded + 1
         oldest = jnp.where(oldest < 0, oldest + self.S, oldest)
         return jax.lax.rem(jax.lax.div(oldest, jnp.int32(TILE)) + n, jnp.int32(self.tiles))
+
+
+def _split(heads, paired):
+    """Returns how many heads are split, and how many programs take two softmax branches.
+
+    Those that are left when all programs have as many, each branch a program's of its own. Or, where they may be
+    `paired`, twice as many: half as many programs take two softmax branches and no whole head, others a linear one
+    after theirs.
+    """
+    rest = heads % PROGRAMS
+    if rest == heads or 2 * rest > PROGRAMS:
+        return 0, 0
+    if paired and heads == PROGRAMS + rest and 4 * rest <= heads:
+        return 2 * rest, rest
+    return rest, 0
 
 
 def _most_tiles(slots, count):

@@ -20,7 +20,6 @@ from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, pro
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import ACTIVATIONS
 
-
 # Sequences for which steps were timed as a CUDA graph and as kernels, and kernels were faster.
 WITHOUT_GRAPHS = range(32, 129)
 

@@ -1,6 +1,7 @@
 """The kernel of a ring and a state for a Hopper GPU: interpreted on the CPU, lowered, and run where there is a GPU."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -200,27 +201,38 @@ def test_two_programs_share_a_third_head(interpreter, monkeypatch, capsys, case)
     # The search knows of no program that waits for another's number in device memory. Nor that the newest slot is
     # written after that: it is read before, with the tile in which others wait.
     found = [race for race in races(capsys.readouterr().out) if "(take_ready)" not in race and ".take)" not in race]
-    assert not [race for race in found if "finish_softmax)" not in race or "(Copies.copy_tiles" not in race]
+    assert not [race for race in found if ".write)" not in race or "(Copies.copy_tiles" not in race]
 
 
-@pytest.mark.parametrize("heads", [1, 32, 66, 67, 128, 132, 160, 192, 198, 199, 256, 330, 512])
-def test_every_branch_of_every_head_is_one_programs(heads):
+@pytest.mark.parametrize("heads", [1, 32, 66, 67, 128, 132, 134, 160, 176, 177, 192, 198, 199, 256, 330, 512])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, pairs):
+    monkeypatch.setattr(attention_ring_gpu_plan, "PAIRS_OF_SOFTMAX", pairs)
     call = Call(heads, 1, 4, 544, 512)
     branches, loads = {}, []
     for program in range(call.programs):
         jobs = [call.job(np.int32(program), np.int32(i)) for i in range(call.jobs(np.int32(program)))]
         loads.append(int(call.numbers(jobs[-1]).end))
+        for before, job in itertools.pairwise(jobs):
+            assert call.numbers(before).end == call.numbers(job).keys
         for job in jobs:
             for branch in ("softmax", "linear"):
                 if getattr(job, branch):
                     assert branches.setdefault((int(job.b), branch), program) == program
+            if not job.softmax or not job.linear:
+                assert 0 <= call.split_number(job) < min(call.split, 132)
     assert len(branches) == 2 * heads
     for b in range(heads):
         # Who waits for another began after it.
-        assert branches[b, "linear"] <= branches[b, "softmax"]
+        programs = branches[b, "linear"], branches[b, "softmax"]
+        assert programs == (max(programs) if call.pairs else min(programs), programs[1])
     whole = call.tiles * 2 + call.waiting_tiles + 8
     most = -(-heads // 132) * whole
-    assert max(loads) == (most - whole + 2 * call.tiles if heads > 132 and 0 < heads % 132 <= 66 else most)
+    if heads > 132 and 0 < heads % 132 <= 66:
+        most += 2 * call.tiles - whole
+    if pairs and 132 < heads <= 176:
+        most = whole + 2 * call.waiting_tiles + 8
+    assert max(loads) == most
 
 
 @pytest.mark.parametrize(("group", "slots"), [(4, 544), (5, 544), (8, 544), (4, 1088), (3, 1056), (8, 1088)])
@@ -293,6 +305,14 @@ def test_steps_are_no_graphs_where_a_kernel_for_a_hopper_begins_early(attention,
     ],
 )
 def test_on_a_gpu_both_branches_by_hand(case):
+    check(*case)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_programs_take_two_softmax_branches(monkeypatch):
+    monkeypatch.setattr(attention_ring_gpu_plan, "PAIRS_OF_SOFTMAX", True)
+    case = 40, 4, 4, 512, 32, 70, 20, THETA, True
+    assert Call(40, 4, 4, 544, 512).pairs == 28
     check(*case)
 
 
