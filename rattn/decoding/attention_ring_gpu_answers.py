@@ -207,7 +207,7 @@ class Answers(Warpgroup):
 
         if not call.split:
             write(softmax(), linear)
-        elif call.pairs:  # Softmax branches are there first.
+        elif call.division.pairs:  # Softmax branches are there first.
             pl.when(job.softmax == 0)(lambda: write(self.take(job, layout), linear))
             pl.when(job.softmax == 1)(lambda: self.write_or_leave(job, write, softmax(), linear))
         else:

@@ -37,8 +37,16 @@ class Keys(Warpgroup):
 
         def weigh(job):
             self.if_one(job.softmax, lambda: self.weigh(table, job))
+            if self.call.division.linear > 1:
+                pl.when(job.softmax == 0)(lambda: self.pass_over(job))
 
         self.for_jobs(weigh)
+
+    def pass_over(self, job):
+        """Waits for what is new of a job without keys, as for every other job's."""
+        slot = self.new_slot(job.i)
+        plgpu.barrier_wait(self.new_full.at[slot])
+        plgpu.barrier_arrive(self.new_empty.at[slot])
 
     def tile(self, n):
         """Returns the warpgroup's tile number n."""

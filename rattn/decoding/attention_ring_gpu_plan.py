@@ -1,5 +1,6 @@
 """How `attention_ring_gpu` divides its work and a multiprocessor's shared memory."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -26,8 +27,8 @@ COPY_REGISTERS, KEY_REGISTERS, OTHER_REGISTERS = 24, 176, 136
 PROGRAMS = MULTIPROCESSORS
 # Copies of a program that are on their way at a time: with more all else comes later that it reads, its code too.
 ON_THE_WAY = 4
-# Whether programs take two softmax branches, where no program has more to copy so. Not timed yet.
-PAIRS_OF_SOFTMAX = False
+# Whether programs may take two branches; see `_divided`. Not timed yet.
+FINER = False
 # Columns of the linear branch: the least that a product has. With Q = 4 the last four are the queries once more.
 LINEAR = 8
 
@@ -61,6 +62,55 @@ class Numbers(NamedTuple):
     end: jax.Array | int
 
 
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How heads are divided among programs.
+
+    Attributes:
+      whole: heads that are one program's, the first ones.
+      each: of them that every program has, at least; a program of a pair one fewer.
+      split: heads of which each branch is another program's.
+      pairs: programs of two softmax branches, the first ones, for which those of the linear ones wait. Where there are
+        none, programs of linear branches are first, and those of one softmax branch wait.
+      linear: branches of a program of linear ones.
+    """
+
+    whole: int
+    each: int
+    split: int = 0
+    pairs: int = 0
+    linear: int = 1
+
+    @property
+    def two_branches(self):
+        """Whether programs have two branches."""
+        return self.pairs > 0 or self.linear > 1
+
+    def wholes(self, program):
+        """Returns how many whole heads a program has where some are split."""
+        return self.each - (program < self.pairs).astype(jnp.int32) if self.pairs else self.each
+
+    def branches(self, program):
+        """Returns how many softmax and how many linear branches a program has."""
+        first = self.first_branch(program)
+        inside = (first >= 0) & (first < self.split)
+        is_softmax = program < self.pairs if self.pairs else program >= self._linear_programs
+        softmax = jnp.where(inside & is_softmax, 2 if self.pairs else 1, 0)
+        left = jnp.minimum(self.split - first, self.linear)
+        return softmax, jnp.where(inside & ~is_softmax, left, 0)
+
+    def first_branch(self, program):
+        """Returns the number of the first head of which a program has a branch; past `split` where it has none."""
+        if self.pairs:
+            return jnp.where(program < self.pairs, 2 * program, program - self.pairs)
+        linear = self._linear_programs
+        return jnp.where(program < linear, self.linear * program, program - linear)
+
+    @property
+    def _linear_programs(self):
+        return -(-self.split // self.linear)
+
+
 class Call:
     """What follows from the sizes of a call.
 
@@ -74,8 +124,8 @@ class Call:
       on_the_way: copies that are on their way at a time.
       copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
+      division: of the heads.
       split: heads of which each branch is another program's, the last ones.
-      pairs: programs of two softmax branches, the first ones; else those with a branch have a whole head before it.
       programs: that there are.
     """
 
@@ -93,49 +143,55 @@ class Call:
         self.waiting_tiles = _most_tiles(S, S - W)
         self.copies_of_a_head = self.tiles + self.waiting_tiles + STATE_TILES + self.tiles
         self.early = min(self.places, self.tiles)
+        self.division = _divided(B * K)
         # After a softmax branch a tile of keys comes when that of before was taken, and what is on its way are values.
-        paired = PAIRS_OF_SOFTMAX and 2 * self.tiles >= self.places and self.tiles >= self.on_the_way
-        self.split, self.pairs = _split(B * K, paired)
-        self.whole = B * K - self.split
-        self.programs = min(PROGRAMS, B * K)
+        if self.division.pairs and (2 * self.tiles < self.places or self.tiles < self.on_the_way):
+            self.division = _divided(B * K, finer=False)
+        self.split, self.programs = self.division.split, min(PROGRAMS, B * K)
 
     def jobs(self, program):
         """Returns how many jobs a program has."""
-        if self.pairs:
-            return 1 + (program < self.pairs + self.split).astype(jnp.int32)
-        jobs = jax.lax.div(self.whole - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
-        return jobs + jnp.where(program < 2 * self.split, 1, 0) if self.split else jobs
+        divided = self.division
+        if not divided.split:
+            return jax.lax.div(divided.whole - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+        softmax, linear = divided.branches(program)
+        return divided.wholes(program) + softmax + linear
 
     def job(self, program, i):
-        """Returns a program's job number i.
+        """Returns a program's job number i: whole heads, then one or two branches of one kind.
 
         Of a head that is split the program for which the other one waits begins before that one.
         """
-        if self.pairs:
-            is_pair = (program < self.pairs).astype(jnp.int32)
-            of_pair = self.whole + 2 * program + i
-            head = jnp.where(is_pair == 1, of_pair, program - self.pairs + i * self.whole)
-            branches = jnp.maximum(is_pair, (i == 0).astype(jnp.int32)), 1 - is_pair
-        elif self.split:
-            head = program + i * PROGRAMS
-            second = (program >= self.split).astype(jnp.int32)
-            is_whole = (head < self.whole).astype(jnp.int32)
-            head -= (1 - is_whole) * second * self.split
-            branches = jnp.maximum(is_whole, second), jnp.maximum(is_whole, 1 - second)
-        else:
-            head, branches = program + i * PROGRAMS, ()
-        return Job(i, *(operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem)), *branches)
+        divided = self.division
+        if not divided.split:
+            return self._job(i, program + i * PROGRAMS)
+        wholes, (softmax, _) = divided.wholes(program), divided.branches(program)
+        # All programs have a head for each i but the last, which pairs of softmax branches lack.
+        head = program + i * PROGRAMS
+        if divided.pairs:
+            head -= jnp.where(i == divided.each - 1, divided.pairs, 0)
+        is_whole = (i < wholes).astype(jnp.int32)
+        head = jnp.where(is_whole == 1, head, divided.whole + divided.first_branch(program) + i - wholes)
+        is_softmax = (softmax > 0).astype(jnp.int32)
+        return self._job(i, head, jnp.maximum(is_whole, is_softmax), jnp.maximum(is_whole, 1 - is_softmax))
+
+    def _job(self, i, head, *branches):
+        b, h = (operation(head, jnp.int32(self.K)) for operation in (jax.lax.div, jax.lax.rem))
+        return Job(i, b, h, *branches)
 
     def split_number(self, job):
         """Returns which of the heads that are split a job's is."""
-        return job.b * self.K + job.h - self.whole
+        return job.b * self.K + job.h - self.division.whole
 
     def numbers(self, job):
-        """Returns the `Numbers` of a job; those before it are whole heads, or as it is in a pair."""
-        before = self.copies_of_a_head
-        if self.pairs:
-            before = jnp.where(job.linear == 0, 2 * self.tiles, before)
-        keys = job.i * before
+        """Returns the `Numbers` of a job; what is before it are whole heads, or one branch of its kind after them."""
+        keys = job.i * self.copies_of_a_head
+        if self.division.two_branches:
+            is_branch = 1 - job.softmax * job.linear
+            of_branch = jnp.where(job.linear == 1, 2 * self.waiting_tiles + STATE_TILES, 2 * self.tiles)
+            wholes = self.division.each - (is_branch * job.softmax if self.division.pairs else 0)
+            branches = is_branch * (job.i - wholes)
+            keys -= branches * (self.copies_of_a_head - of_branch)
         waiting = keys + job.softmax * self.tiles
         states = waiting + job.linear * self.waiting_tiles
         values = states + job.linear * STATE_TILES
@@ -168,19 +224,20 @@ class Call:
         return jax.lax.rem(jax.lax.div(oldest, jnp.int32(TILE)) + n, jnp.int32(self.tiles))
 
 
-def _split(heads, paired):
-    """Returns how many heads are split, and how many programs take two softmax branches.
+def _divided(heads, finer=None):
+    """Returns the `Division` of so many heads, `finer` or as FINER says.
 
-    Those that are left when all programs have as many, each branch a program's of its own. Or, where they may be
-    `paired`, twice as many: half as many programs take two softmax branches and no whole head, others a linear one
-    after theirs.
+    The heads that are left when all programs have as many are split where programs have at most a branch of one then,
+    or finer: up to a third of the programs take two softmax branches in place of a head, or half as many linear
+    branches' programs two.
     """
-    rest = heads % PROGRAMS
-    if rest == heads or 2 * rest > PROGRAMS:
-        return 0, 0
-    if paired and heads == PROGRAMS + rest and 4 * rest <= heads:
-        return 2 * rest, rest
-    return rest, 0
+    each, rest = divmod(heads, PROGRAMS)
+    finer = FINER if finer is None else finer
+    if not each or not rest or rest > (2 * PROGRAMS // 3 if finer else PROGRAMS // 2):
+        return Division(heads, each)
+    if finer and 3 * rest <= PROGRAMS:
+        return Division(heads - 2 * rest, each, split=2 * rest, pairs=rest)
+    return Division(heads - rest, each, split=rest, linear=1 if 2 * rest <= PROGRAMS else 2)
 
 
 def _most_tiles(slots, count):

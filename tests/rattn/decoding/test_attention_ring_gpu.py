@@ -204,10 +204,12 @@ def test_two_programs_share_a_third_head(interpreter, monkeypatch, capsys, case)
     assert not [race for race in found if ".write)" not in race or "(Copies.copy_tiles" not in race]
 
 
-@pytest.mark.parametrize("heads", [1, 32, 66, 67, 128, 132, 134, 160, 176, 177, 192, 198, 199, 256, 330, 512])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, pairs):
-    monkeypatch.setattr(attention_ring_gpu_plan, "PAIRS_OF_SOFTMAX", pairs)
+@pytest.mark.parametrize(
+    "heads", [1, 32, 66, 67, 128, 132, 134, 160, 176, 177, 192, 198, 199, 220, 221, 256, 264, 288, 330, 352, 400, 512]
+)
+@pytest.mark.parametrize("finer", [False, True])
+def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, finer):
+    monkeypatch.setattr(attention_ring_gpu_plan, "FINER", finer)
     call = Call(heads, 1, 4, 544, 512)
     branches, loads = {}, []
     for program in range(call.programs):
@@ -225,13 +227,14 @@ def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, pairs):
     for b in range(heads):
         # Who waits for another began after it.
         programs = branches[b, "linear"], branches[b, "softmax"]
-        assert programs == (max(programs) if call.pairs else min(programs), programs[1])
+        assert programs == (max(programs) if call.division.pairs else min(programs), programs[1])
+    (each, rest), linear = divmod(heads, 132), 2 * call.waiting_tiles + 8
     whole = call.tiles * 2 + call.waiting_tiles + 8
     most = -(-heads // 132) * whole
-    if heads > 132 and 0 < heads % 132 <= 66:
-        most += 2 * call.tiles - whole
-    if pairs and 132 < heads <= 176:
-        most = whole + 2 * call.waiting_tiles + 8
+    if each and 0 < rest <= 66:
+        most = each * whole + (linear if finer and rest <= 44 else 2 * call.tiles)
+    elif each and finer and 66 < rest <= 88:
+        most = each * whole + 2 * linear
     assert max(loads) == most
 
 
@@ -309,11 +312,12 @@ def test_on_a_gpu_both_branches_by_hand(case):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_programs_take_two_softmax_branches(monkeypatch):
-    monkeypatch.setattr(attention_ring_gpu_plan, "PAIRS_OF_SOFTMAX", True)
-    case = 40, 4, 4, 512, 32, 70, 20, THETA, True
-    assert Call(40, 4, 4, 544, 512).pairs == 28
-    check(*case)
+@pytest.mark.parametrize(("batch", "pairs", "linear"), [(40, 28, 1), (52, 0, 2), (72, 24, 1)])
+def test_on_a_gpu_programs_take_two_branches(monkeypatch, batch, pairs, linear):
+    monkeypatch.setattr(attention_ring_gpu_plan, "FINER", True)
+    division = Call(batch, 4, 4, 544, 512).division
+    assert (division.pairs, division.linear) == (pairs, linear)
+    check(batch, 4, 4, 512, 32, 70, 20, THETA, True)
 
 
 @pytest.mark.gpu
