@@ -42,7 +42,7 @@ class Notes(NamedTuple):
 
 def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
     """Returns what the first layer of a step takes."""
-    hopper = hopper_attends(layers, layout, kernels)
+    hopper = any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
     return Notes(
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((layout.batch, layers[0].kv_heads), jnp.int32),
         ready_P=mosaic_gpu.none_ready() if hopper else None,
@@ -141,9 +141,9 @@ def attend(
     return *attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: layout.batch]), notes
 
 
-def hopper_attends(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
-    """Returns whether a kernel for a Hopper has any layer."""
-    return any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
+def has_ring_kernel(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
+    """Returns whether `attention_ring_gpu` has any layer."""
+    return any(_ring_attends(kernels, layer, layout) for layer in layers)
 
 
 def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:

@@ -35,6 +35,8 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
     )
 
 
+# Lowered once for all layers of a model.
+@functools.partial(jax.jit, static_argnames=("layer", "layout", "interpret"))
 def fold(layer: LayerSpec, layout: CacheLayout, cache: LayerCache, clock: Clock, *, interpret: bool) -> jax.Array:
     """Returns state_BKPH with every key that has left the window, in place.
 
@@ -55,7 +57,7 @@ def fold(layer: LayerSpec, layout: CacheLayout, cache: LayerCache, clock: Clock,
         grid=(2 * pl.cdiv(H, COLUMNS), B * K),
         out_shape=jax.ShapeDtypeStruct(state.shape, state.dtype),
         input_output_aliases={3: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4 * max(1, H // 128), num_stages=1),
         interpret=interpret,
         name="decode_fold",
     )(counts_B3, k, v, state)

@@ -20,7 +20,7 @@ from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, pro
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import ACTIVATIONS
 
-# Sequences for which steps were timed as a CUDA graph and as kernels, and kernels were faster.
+# Sequences for which steps with kernels for rings were timed as a CUDA graph and as kernels, and kernels were faster.
 WITHOUT_GRAPHS = range(32, 129)
 
 
@@ -65,7 +65,7 @@ def compiler_options(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels
     Kernels for a Hopper copy what they may before the one in front is done, for which they have to begin before. XLA
     would record each as a CUDA graph of its own, which begins when the one in front has ended.
     """
-    kernels_alone = layout.batch in WITHOUT_GRAPHS and attention.hopper_attends(layers, layout, kernels)
+    kernels_alone = layout.batch in WITHOUT_GRAPHS and attention.has_ring_kernel(layers, layout, kernels)
     return {"xla_gpu_enable_command_buffer": ""} if kernels_alone else None
 
 
