@@ -29,7 +29,7 @@ Moment = attention_ring_gpu.Moment | attention_stream_gpu_plan.Moment
 
 
 class Notes(NamedTuple):
-    """In which programs of a kernel tell each other how far they are; a layer hands them to the next.
+    """In which programs of a kernel tell each other how far they are; layers hand them on.
 
     Attributes:
       arrivals_BK: zeros, where attention is a kernel.
@@ -41,7 +41,7 @@ class Notes(NamedTuple):
 
 
 def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
-    """Returns what the first layer of a step takes."""
+    """Returns what the first layer of a first step takes."""
     hopper = any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
     return Notes(
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((layout.batch, layers[0].kv_heads), jnp.int32),
@@ -141,9 +141,16 @@ def attend(
     return *attention_xla.attend(layer, layout, weights, cache, clock, qkv_BKAH[: layout.batch]), notes
 
 
-def has_ring_kernel(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
-    """Returns whether `attention_ring_gpu` has any layer."""
-    return any(_ring_attends(kernels, layer, layout) for layer in layers)
+def is_rings_and_kernels(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
+    """Returns whether `attention_ring_gpu` has layers, kernels all others, and XLA cuts nothing of what they say."""
+
+    def of_kernel(layer: LayerSpec) -> bool:
+        by_hopper = _ring_attends(kernels, layer, layout) or _stream_attends(kernels, layer, layout)
+        return by_hopper or _kernel_attends(kernels, layer, jnp.dtype(layout.dtype))
+
+    rings = any(_ring_attends(kernels, layer, layout) for layer in layers)
+    whole = all(mosaic_gpu.queries_of(layer.group) == layer.group for layer in layers)
+    return rings and whole and all(map(of_kernel, layers))
 
 
 def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:

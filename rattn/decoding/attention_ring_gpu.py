@@ -22,7 +22,8 @@ which are copied twice, and have columns of weights of their own. Keys, dims of 
 side of each product and queries the short one.
 
 A program takes whole heads, all programs as many. Of each head that is left then, where there are programs enough, one
-takes the softmax branch and another the linear one, which it leaves in device memory for the first to add.
+takes the softmax branch and another the linear one; the program that begins first leaves its branch in device memory
+for the other to add.
 
 Work on tiles is in loops, not written out: instructions that run once are fetched more slowly than they are done.
 """

@@ -23,7 +23,7 @@ class Answers(Warpgroup):
         self.for_jobs(self.answer)
 
     def answer(self, job):
-        """Writes a head's result, and the new key and value; or leaves its linear branch to another program."""
+        """Writes a head's result, and the new key and value; or leaves its only branch to another program."""
         call, h = self.call, job.h
         layout = mosaic_gpu.rows_layout(call.Q, HEAD_DIM)
         scales = [
@@ -163,7 +163,7 @@ class Answers(Warpgroup):
         mosaic_gpu.store_transposed(found, place)
 
     def finish(self, job, layout, scales):
-        """Adds up and norms the branches; writes their sum, or leaves the linear one, or adds one that was left."""
+        """Adds up and norms the branches; writes their sum, or leaves the only one, or adds one that was left."""
         call, Q = self.call, self.call.Q
         (i, b, h, *_), shape = job, (Q, HEAD_DIM)
         slot = self.new_slot(i)

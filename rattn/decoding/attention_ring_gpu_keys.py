@@ -37,7 +37,7 @@ class Keys(Warpgroup):
 
         def weigh(job):
             self.if_one(job.softmax, lambda: self.weigh(table, job))
-            if self.call.division.linear > 1:
+            if self.call.division.linear_each > 1:
                 pl.when(job.softmax == 0)(lambda: self.pass_over(job))
 
         self.for_jobs(weigh)

@@ -68,23 +68,23 @@ class Division:
 
     Attributes:
       whole: heads that are one program's, the first ones.
-      each: of them that every program has, at least; a program of a pair one fewer.
+      each: of them that every program has, at least, but for those of a pair, which have one fewer.
       split: heads of which each branch is another program's.
       pairs: programs of two softmax branches, the first ones, for which those of the linear ones wait. Where there are
         none, programs of linear branches are first, and those of one softmax branch wait.
-      linear: branches of a program of linear ones.
+      linear_each: branches of a program of linear ones.
     """
 
     whole: int
     each: int
     split: int = 0
     pairs: int = 0
-    linear: int = 1
+    linear_each: int = 1
 
     @property
     def two_branches(self):
         """Whether programs have two branches."""
-        return self.pairs > 0 or self.linear > 1
+        return self.pairs > 0 or self.linear_each > 1
 
     def wholes(self, program):
         """Returns how many whole heads a program has where some are split."""
@@ -96,7 +96,7 @@ class Division:
         inside = (first >= 0) & (first < self.split)
         is_softmax = program < self.pairs if self.pairs else program >= self._linear_programs
         softmax = jnp.where(inside & is_softmax, 2 if self.pairs else 1, 0)
-        left = jnp.minimum(self.split - first, self.linear)
+        left = jnp.minimum(self.split - first, self.linear_each)
         return softmax, jnp.where(inside & ~is_softmax, left, 0)
 
     def first_branch(self, program):
@@ -104,11 +104,11 @@ class Division:
         if self.pairs:
             return jnp.where(program < self.pairs, 2 * program, program - self.pairs)
         linear = self._linear_programs
-        return jnp.where(program < linear, self.linear * program, program - linear)
+        return jnp.where(program < linear, self.linear_each * program, program - linear)
 
     @property
     def _linear_programs(self):
-        return -(-self.split // self.linear)
+        return -(-self.split // self.linear_each)
 
 
 class Call:
@@ -190,8 +190,8 @@ class Call:
             is_branch = 1 - job.softmax * job.linear
             of_branch = jnp.where(job.linear == 1, 2 * self.waiting_tiles + STATE_TILES, 2 * self.tiles)
             wholes = self.division.each - (is_branch * job.softmax if self.division.pairs else 0)
-            branches = is_branch * (job.i - wholes)
-            keys -= branches * (self.copies_of_a_head - of_branch)
+            branches_before = is_branch * (job.i - wholes)
+            keys -= branches_before * (self.copies_of_a_head - of_branch)
         waiting = keys + job.softmax * self.tiles
         states = waiting + job.linear * self.waiting_tiles
         values = states + job.linear * STATE_TILES
@@ -237,7 +237,7 @@ def _divided(heads, finer=None):
         return Division(heads, each)
     if finer and 3 * rest <= PROGRAMS:
         return Division(heads - 2 * rest, each, split=2 * rest, pairs=rest)
-    return Division(heads - rest, each, split=rest, linear=1 if 2 * rest <= PROGRAMS else 2)
+    return Division(heads - rest, each, split=rest, linear_each=1 if 2 * rest <= PROGRAMS else 2)
 
 
 def _most_tiles(slots, count):

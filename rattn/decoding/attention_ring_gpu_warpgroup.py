@@ -40,7 +40,7 @@ def shared_memory(call: Call, interpret: Any) -> dict[str, Any]:
         weights_full      both `Keys`; Answers waits
         weights_empty     Answers; both `Keys` wait, from the second job on
 
-    The linear branch alone is a program's last job, of which `Keys` see nothing.
+    Of a job that is the linear branch alone `Keys` only wait for what is new, and only where one may come after it.
     """
     bf16, tiled = jnp.bfloat16, mosaic_gpu.TRANSFORMS
     tiled_f32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)

@@ -252,14 +252,15 @@ class Decoder:
           *rest: as `what` says.
         """
         where = caches.cache_shardings(self.layers, layout, self.sharding)
-        how = {"donate_argnums": 1, "compiler_options": step.compiler_options(self.layers, layout, self._kernels)}
         if what == "step":
-            return jax.jit(self._step, out_shardings=(self.sharding.named("batch", None), where), **how)
+            return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
         if what == "sample":
             run = functools.partial(
                 step.sampled_steps, self.layers, self.model, self._kernels, sampling=rest[0], steps=layout.fold_tokens
             )
-            return jax.jit(run, out_shardings=(self.sharding.named("batch", None), where), **how)
+            options = step.compiler_options(self.layers, layout, self._kernels)
+            where = self.sharding.named("batch", None), where
+            return jax.jit(run, donate_argnums=1, out_shardings=where, compiler_options=options)
         layer, history = rest
         run = functools.partial(prefill.prefill_layer, layer, layout, self._operators, history)
         x_sharding = self.sharding.named("batch", None, None)

@@ -17,8 +17,8 @@ from rattn.decoding.cache import CacheLayout, Clock, LayerCache
 from rattn.decoding.layers import LayerSpec
 from rattn.decoding.triton_gpu import cells, dot, exp, let_next_begin
 
-# Keys of the smallest matrix product, and the most that registers hold.
-LEAST_KEYS, MOST_KEYS = 16, 64
+# The least side of a matrix product, and the most keys that registers hold.
+LEAST_SIDE, MOST_KEYS = 16, 64
 # Columns of values that a program takes, at most.
 COLUMNS = 64
 
@@ -28,7 +28,7 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
     return (
         layer.feature_map == "softmax"
         and not layer.feature_map_after_qk_norm
-        and layer.head_dim >= LEAST_KEYS
+        and layer.head_dim >= LEAST_SIDE
         and layer.head_dim & (layer.head_dim - 1) == 0
         and layout.fold_tokens <= MOST_KEYS
         and layout.dtype == "bfloat16"
@@ -38,7 +38,7 @@ def fits(layer: LayerSpec, layout: CacheLayout) -> bool:
 # Lowered once for all layers of a model.
 @functools.partial(jax.jit, static_argnames=("layer", "layout", "interpret"))
 def fold(layer: LayerSpec, layout: CacheLayout, cache: LayerCache, clock: Clock, *, interpret: bool) -> jax.Array:
-    """Returns state_BKPH with every key that has left the window, in place.
+    """Returns state_BKPH with every key that has left the window, in place if the cache's is donated.
 
     Args:
       layer: whose keys they are.
@@ -73,7 +73,7 @@ def _kernel(window, most, interpret, counts, k, v, state, folded):
     dims, _ = cells(sign * H + jnp.arange(H), jnp.full(H, True), 0, columns)
     before = state[b, h, *dims].astype(jnp.float32)
     newest, known, unfolded = (counts[b, n] for n in range(3))
-    waiting = jnp.arange(max(LEAST_KEYS, pl.next_power_of_2(most)))
+    waiting = jnp.arange(max(LEAST_SIDE, pl.next_power_of_2(most)))
     ages = window + waiting
     valid = (waiting < unfolded) & (ages < known)
     at = newest - ages

@@ -38,6 +38,8 @@ from rattn.decoding.products_persistent_plan import PAIRS, PRODUCTS, PROGRAMS, S
 
 # Of `counters`: one for each product, a line of the cache apart.
 COUNTERS, APART = 128, 32
+# The copy engine takes whole groups of so many rows, or less than one.
+ROWS_OF_A_COPY = 8
 # Parameters of Mosaic GPU's profiler, which times the named scopes of every program.
 PROFILE = {}
 # The number of the first warpgroup that multiplies.
@@ -77,8 +79,8 @@ def run(
     """
     weights = {name: weights[name].reshape(-1, weights[name].shape[-1]) for name in PRODUCTS if name in weights}
     rows = o_BE.shape[0]
-    if rows > 8:  # The copy engine takes what is less than eight rows, or whole groups of them.
-        o_BE = jnp.pad(o_BE, ((0, -rows % 8), (0, 0)))
+    if rows > ROWS_OF_A_COPY:
+        o_BE = jnp.pad(o_BE, ((0, -rows % ROWS_OF_A_COPY), (0, 0)))
     plan = Plan(rows, {name: x.shape for name, x in weights.items()}, epsilon, activation)
     mesh = plgpu.Mesh(
         grid=(PAIRS,),
@@ -173,7 +175,8 @@ class _Program:
 
     def copy_weights(self):
         """Copies the tiles of all products one after another, as soon as there is room."""
-        plgpu.griddepcontrol_launch_dependents()
+        if "qkv" in self.plan.products:
+            plgpu.griddepcontrol_launch_dependents()
         slots, late = self.plan.slots["weights"], self.plan.late
 
         def show(but, slot):

@@ -17,6 +17,7 @@ from rattn.decoding.attention import Moment
 from rattn.decoding.cache import Cache, CacheLayout, Clock, LayerCache, fold
 from rattn.decoding.kernels import Kernels
 from rattn.decoding.layers import LayerSpec, Weights, embed, finish, logits, project, projection_weights
+from rattn.decoding.products_persistent_gpu import ROWS_OF_A_COPY
 from rattn.decoding.sampling import Sampling, sample
 from rattn.model.layers import ACTIVATIONS
 
@@ -26,6 +27,8 @@ WITHOUT_GRAPHS = range(32, 129)
 
 class Notes(NamedTuple):
     """In which programs of kernels tell each other how far they are; layers and steps hand them on.
+
+    With an odd number of layers XLA copies `products` in each step, for its two change places in each layer.
 
     Attributes:
       attention: of its kernels.
@@ -60,13 +63,18 @@ def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Ker
 
 
 def compiler_options(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> dict[str, str] | None:
-    """Returns XLA's options for steps.
+    """Returns XLA's options for `sampled_steps`, which go before XLA_FLAGS.
 
     Kernels for a Hopper copy what they may before the one in front is done, for which they have to begin before. XLA
     would record each as a CUDA graph of its own, which begins when the one in front has ended.
+
+    Where they begin early, so does what is behind them. Pallas' kernels wait before they read what others wrote; but
+    XLA does not know that these let the next one begin, and may load what its own kernels read before they wait. So a
+    step is a graph where XLA stands between kernels: in a layer, or to pad or cut what they take or give.
     """
-    kernels_alone = layout.batch in WITHOUT_GRAPHS and attention.has_ring_kernel(layers, layout, kernels)
-    return {"xla_gpu_enable_command_buffer": ""} if kernels_alone else None
+    products_alone = kernels.products_for(layout.batch) != "xla" and layout.batch % ROWS_OF_A_COPY == 0
+    alone = products_alone and attention.is_rings_and_kernels(layers, layout, kernels)
+    return {"xla_gpu_enable_command_buffer": ""} if alone and layout.batch in WITHOUT_GRAPHS else None
 
 
 def step(
@@ -166,7 +174,7 @@ def sampled_steps(
     states = [{name: x for name, x in kept.items() if name == "state_BKPH"} for kept in cache.layers]
     rotations = attention.ring_rotations(layers, cache.layout, kernels, weights)
 
-    def body(carry: tuple, now: tuple) -> tuple[tuple, jax.Array]:
+    def body(carry: tuple, now: tuple) -> tuple[tuple, None]:
         (rings, clock, tokens_B, out_SB, notes), (index, moments_now) = carry, now
         # XLA would make their slices part of the kernels' calls, each of them anew.
         moments_now = jax.lax.optimization_barrier(moments_now)

@@ -13,9 +13,9 @@ LOG2_E = 1.4426950408889634
 def let_next_begin(x: jax.Array, interpret: bool) -> jax.Array:
     """Returns x, an int32 scalar, after which programs of the next kernel may take the place of those that have ended.
 
-    They do not run ahead: XLA has every kernel that it starts so early wait for all that the one before writes
-    (`griddepcontrol.wait`, CUDA's programmatic dependent launch). What is saved is the time from the last program's end
-    to the next one's start. Nothing on a GPU before Hopper.
+    Those of XLA's and of Triton's do not run ahead: XLA has every kernel that it starts so early wait for all that the
+    one before writes (`griddepcontrol.wait`, CUDA's programmatic dependent launch). What is saved is the time from the
+    last program's end to the next one's start. Mosaic's wait where they say so. Nothing on a GPU before Hopper.
     """
     if interpret or not devices.on_hopper():
         return x

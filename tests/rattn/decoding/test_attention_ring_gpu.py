@@ -13,10 +13,11 @@ from kernels_pallas.residual_linear_attention.feature_map import features
 from rattn.config import load_config
 from rattn.decoding import attention_ring_gpu, attention_ring_gpu_plan, mosaic_gpu, step
 from rattn.decoding.attention_ring_gpu import Plan
-from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call, Job
+from rattn.decoding.attention_ring_gpu_plan import HEAD_DIM, KEY_WARPGROUPS, TILE, Call, Division, Job
 from rattn.decoding.cache import CacheLayout
 from rattn.decoding.kernels import Kernels
 from rattn.decoding.layers import layer_specs
+from rattn.decoding.sampling import Sampling
 from rattn.model.layers import rms_norm, rope_angles, rotate
 from tests.rattn.decoding.conftest import TWO_MIXERS, WIDE_HEADS, check_attention, lowered_step, races
 
@@ -79,6 +80,14 @@ def assert_the_rings_never_wait_for_themselves(call):
     whole, softmax, linear = (1, 1), (1, 0), (0, 1)
     for branches in (whole,) * 3, (whole, whole, softmax), (whole, whole, linear), (softmax,), (linear,):
         assert_it_never_waits_for_itself(call, [Job(i, 0, 0, *each) for i, each in enumerate(branches)])
+    # As FINER divides heads.
+    cases = [((whole, linear, linear), Division(1, 1, 2, linear_each=2))]
+    if 2 * call.tiles >= call.places and call.tiles >= call.on_the_way:
+        cases += [((softmax, softmax), Division(1, 1, 2, 1)), ((whole, softmax, softmax), Division(1, 2, 2, 1))]
+    for branches, call.division in cases:
+        call.split = 2
+        jobs = [Job(i, 0, 0, *(np.int32(x) for x in each)) for i, each in enumerate(branches)]
+        assert_it_never_waits_for_itself(call, jobs)
 
 
 def assert_it_never_waits_for_itself(call, jobs):
@@ -227,15 +236,15 @@ def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, finer):
     assert len(branches) == 2 * heads
     for head in range(heads):
         # Who waits for another began after it.
-        both = branches[head, "linear"], branches[head, "softmax"]
-        assert both == (max(both) if call.division.pairs else min(both), both[1])
-    (each, rest), linear = divmod(heads, 132), 2 * call.waiting_tiles + 8
+        linear, softmax = branches[head, "linear"], branches[head, "softmax"]
+        assert linear >= softmax if call.division.pairs else linear <= softmax
+    (each, rest), of_linear = divmod(heads, 132), 2 * call.waiting_tiles + 8
     whole = call.tiles * 2 + call.waiting_tiles + 8
     most = -(-heads // 132) * whole
     if each and 0 < rest <= 66:
-        most = each * whole + (linear if finer and rest <= 44 else 2 * call.tiles)
+        most = each * whole + (of_linear if finer and rest <= 44 else 2 * call.tiles)
     elif each and finer and 66 < rest <= 88:
-        most = each * whole + 2 * linear
+        most = each * whole + 2 * of_linear
     assert end.max() == most
 
 
@@ -280,13 +289,26 @@ def test_it_lowers_for_a_hopper_in_the_layers_that_it_fits(miniature, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("attention", "batch", "graphs"),
-    [("pallas_gpu_hopper", 48, False), ("pallas_gpu_hopper", 1, True), ("pallas_gpu", 48, True), ("xla", 48, True)],
+    ("attention", "products", "batch", "changes", "graphs"),
+    [
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 48, {}, False),
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 32, {}, False),
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 1, {}, True),
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 136, {}, True),
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 49, {}, True),  # XLA pads what attention gives to products.
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 48, {"query_heads": 12}, True),  # XLA cuts a fourth query off.
+        ("pallas_gpu_hopper", "pallas_gpu_hopper", 48, {"pattern": ("rattention", "linear", "full")}, True),
+        ("pallas_gpu_hopper", "xla", 48, {}, True),
+        ("pallas_gpu", "pallas_gpu", 48, {}, True),
+        ("xla", "xla", 48, {}, True),
+    ],
 )
-def test_steps_are_no_graphs_where_a_kernel_for_a_hopper_begins_early(attention, batch, graphs):
-    layers = layer_specs(load_config("configs/rattn_3b.py").model)
-    kernels = Kernels(attention, "xla")
-    options = step.compiler_options(layers, CacheLayout(batch, 2048, 512, 32, "bfloat16"), kernels)
+def test_steps_are_no_graphs_where_only_kernels_follow_each_other(attention, products, batch, changes, graphs):
+    model = load_config("configs/rattn_3b.py").model
+    model.update(changes)
+    layers = layer_specs(model)
+    layout = CacheLayout(batch, 2048, 512, 32, "bfloat16")
+    options = step.compiler_options(layers, layout, Kernels(attention, products))
     assert options == (None if graphs else {"xla_gpu_enable_command_buffer": ""})
 
 
@@ -313,11 +335,34 @@ def test_on_a_gpu_both_branches_by_hand(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # Of products, and of the fold.
+@pytest.mark.parametrize("rows", [32, 40])
+def test_on_a_gpu_steps_sample_the_same_with_and_without_graphs(miniature, monkeypatch, rows):
+    changes = MINIATURE | {"width": 1024, "mlp_width": 1024}
+    mini = miniature(fold_tokens=8, attention="pallas_gpu_hopper", products="pallas_gpu_hopper", **changes)
+    tokens, keys = np.random.default_rng(4).integers(0, 64, (rows, 70)), jax.random.split(jax.random.key(3), rows)
+    found = []
+    for batches in (range(0), step.WITHOUT_GRAPHS):
+        monkeypatch.setattr(step, "WITHOUT_GRAPHS", batches)
+        mini.decoder.compiled.cache_clear()
+        _, cache = mini.chunk(mini.decoder.empty_cache(rows, 128), tokens, 70)
+        newest, drawn = tokens[:, -1].astype(np.int32), []
+        for first in range(0, 32, 8):
+            out, cache = mini.decoder.sample(mini.weights, cache, newest, keys, first, Sampling())
+            newest = out[:, -1]
+            drawn.append(out)
+        found.append(jax.tree.map(lambda x: np.asarray(x, np.float32), (drawn, cache.layers)))
+    mini.decoder.compiled.cache_clear()
+    assert step.compiler_options(mini.decoder.layers, cache.layout, mini.decoder._kernels)
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "pairs", "linear"), [(40, 28, 1), (52, 0, 2), (72, 24, 1)])
 def test_on_a_gpu_programs_take_two_branches(monkeypatch, batch, pairs, linear):
     monkeypatch.setattr(attention_ring_gpu_plan, "FINER", True)
     division = Call(batch, 4, 4, 544, 512).division
-    assert (division.pairs, division.linear) == (pairs, linear)
+    assert (division.pairs, division.linear_each) == (pairs, linear)
     check(batch, 4, 4, 512, 32, 70, 20, THETA, True)
 
 
