@@ -15,7 +15,7 @@ is higher here. The last table is Figure 7 of arXiv 2506.15545, the share of a s
 one of 4096: measured, and by the paper's formula B · cache / bandwidth + max(2 · B · parameters / FLOP/s, parameter
 bytes / bandwidth). A point that fails costs its own line alone, one that is too large is tried again at the end with
 fewer sequences, and --out is written after every point. --profile adds where a GPU's time goes, from one more call that
-is compiled without CUDA graphs, whose kernels the profiler does not tell apart.
+is compiled without CUDA graphs, whose kernels the profiler does not tell apart, as steps that leave theirs are anyhow.
 """
 
 import argparse
