@@ -42,7 +42,7 @@ class Notes(NamedTuple):
 
 def first_notes(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> Notes:
     """Returns what the first layer of a first step takes."""
-    hopper = any(of(kernels, layer, layout) for layer in layers for of in (_ring_attends, _stream_attends))
+    hopper = any(_form(kernels, layer, layout) in ("ring", "stream") for layer in layers)
     return Notes(
         arrivals_BK=None if kernels.attention == "xla" else jnp.zeros((layout.batch, layers[0].kv_heads), jnp.int32),
         ready_P=mosaic_gpu.none_ready() if hopper else None,
@@ -58,10 +58,10 @@ def ring_rotations(
     """
 
     def of(layer: LayerSpec, w: Weights) -> Rotation:
-        dtype = jnp.dtype(layout.dtype)
-        if _ring_attends(kernels, layer, layout):
+        form, dtype = _form(kernels, layer, layout), jnp.dtype(layout.dtype)
+        if form == "ring":
             return attention_ring_gpu.turns(layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype)
-        if not _kernel_attends(kernels, layer, dtype) or not layer.has_linear or layer.rope_theta is None:
+        if form != "triton" or not layer.has_linear or layer.rope_theta is None:
             return None
         return attention_gpu.ring_rotation(
             layout.slots(layer), layer.head_dim, layer.rope_theta, w.get("k_norm_H"), dtype
@@ -84,11 +84,11 @@ def moments(
             clock, length_B=clock.length_B + ahead, steps=clock.steps + ahead, unfolded=clock.unfolded + ahead
         )
         slots, now = layout.slots(layer), at.after_a_step()
-        known_B = now.length_B - now.start_B
-        if _ring_attends(kernels, layer, layout):
+        known_B, form = now.length_B - now.start_B, _form(kernels, layer, layout)
+        if form == "ring":
             heads = layer.group, layer.head_dim, layer.rope_theta
             return attention_ring_gpu.moment(at.steps % slots, known_B, now.unfolded, slots, *heads)
-        if _stream_attends(kernels, layer, layout):
+        if form == "stream":
             new_B, angles = _new_slots(layer, layout, at), _new_angles(layer, at)
             return attention_stream_gpu_plan.moment(
                 new_B, known_B, _window(layer, layout), slots, layer.kv_heads, angles
@@ -126,14 +126,14 @@ def attend(
       qkv_BKAH: of the new tokens, perhaps with more rows than sequences.
       notes: of the layer before.
     """
-    rotation, moment = position
-    if _ring_attends(kernels, layer, layout):
+    (rotation, moment), form = position, _form(kernels, layer, layout)
+    if form == "ring":
         o_BE, cache, ready_P = _by_ring_kernel(layer, layout, rotation, moment, weights, cache, qkv_BKAH, notes.ready_P)
         return o_BE, cache, notes._replace(ready_P=ready_P)
-    if _stream_attends(kernels, layer, layout):
+    if form == "stream":
         o_BE, cache, ready_P = _by_stream_kernel(layer, early, moment, weights, cache, qkv_BKAH, notes.ready_P)
         return o_BE, cache, notes._replace(ready_P=ready_P)
-    if _kernel_attends(kernels, layer, qkv_BKAH.dtype):
+    if form == "triton":
         o_BE, cache, arrivals_BK = _by_kernel(
             layer, layout, kernels.interpret, rotation, weights, cache, clock, qkv_BKAH, notes.arrivals_BK
         )
@@ -143,31 +143,21 @@ def attend(
 
 def is_rings_and_kernels(layers: tuple[LayerSpec, ...], layout: CacheLayout, kernels: Kernels) -> bool:
     """Returns whether `attention_ring_gpu` has layers, kernels all others, and XLA cuts nothing of what they say."""
-
-    def of_kernel(layer: LayerSpec) -> bool:
-        by_hopper = _ring_attends(kernels, layer, layout) or _stream_attends(kernels, layer, layout)
-        return by_hopper or _kernel_attends(kernels, layer, jnp.dtype(layout.dtype))
-
-    rings = any(_ring_attends(kernels, layer, layout) for layer in layers)
+    forms = {_form(kernels, layer, layout) for layer in layers}
     whole = all(mosaic_gpu.queries_of(layer.group) == layer.group for layer in layers)
-    return rings and whole and all(map(of_kernel, layers))
+    return "ring" in forms and "xla" not in forms and whole
 
 
-def _ring_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.attention == "pallas_gpu_hopper" and attention_ring_gpu.fits(layer, layout)
-
-
-def _stream_attends(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> bool:
-    return kernels.attention == "pallas_gpu_hopper" and attention_stream_gpu.fits(layer, layout)
-
-
-def _kernel_attends(kernels: Kernels, layer: LayerSpec, dtype: jnp.dtype) -> bool:
+def _form(kernels: Kernels, layer: LayerSpec, layout: CacheLayout) -> str:
+    """Returns what has a layer: "ring", "stream" (both for a Hopper), "triton" or "xla"."""
+    if kernels.attention == "pallas_gpu_hopper":
+        if attention_ring_gpu.fits(layer, layout):
+            return "ring"
+        if attention_stream_gpu.fits(layer, layout):
+            return "stream"
     sees = layer.has_softmax and (layer.kind == "full" or layer.window > 0)
-    return (
-        kernels.attention != "xla"
-        and sees
-        and attention_gpu.fits(dtype, layer.head_dim, layer.group, layer.feature_map)
-    )
+    fits = attention_gpu.fits(jnp.dtype(layout.dtype), layer.head_dim, layer.group, layer.feature_map)
+    return "triton" if kernels.attention != "xla" and sees and fits else "xla"
 
 
 def _by_kernel(

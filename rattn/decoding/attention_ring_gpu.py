@@ -196,7 +196,7 @@ def attend(
         functools.partial(_kernel, call, plan),
         out_type=(
             jax.ShapeDtypeStruct((B, K, call.Q, H), v_BKSH.dtype),
-            jax.ShapeDtypeStruct((max(call.split, 1), call.Q, H), jnp.float32),
+            jax.ShapeDtypeStruct((max(call.division.split, 1), call.Q, H), jnp.float32),
         ),
         mesh=mesh,
         compiler_params=mosaic_gpu.compiler_params(approx_math=True, **PROFILE),

@@ -205,7 +205,7 @@ class Answers(Warpgroup):
             for kept, row in ((self.k, new_k), (self.v, new_v)):
                 kept.at[b, h, self.counts[b, 0]][...] = row
 
-        if not call.split:
+        if not call.division.split:
             write(softmax(), linear)
         elif call.division.pairs:  # Softmax branches are there first.
             pl.when(job.softmax == 0)(lambda: write(self.take(job, layout), linear))

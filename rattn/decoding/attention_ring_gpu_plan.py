@@ -69,7 +69,7 @@ class Division:
     Attributes:
       whole: heads that are one program's, the first ones.
       each: of them that every program has, at least, but for those of a pair, which have one fewer.
-      split: heads of which each branch is another program's.
+      split: heads of which each branch is another program's, the last ones.
       pairs: programs of two softmax branches, the first ones, for which those of the linear ones wait. Where there are
         none, programs of linear branches are first, and those of one softmax branch wait.
       linear_each: branches of a program of linear ones.
@@ -124,8 +124,8 @@ class Call:
       on_the_way: copies that are on their way at a time.
       copies_of_a_head: keys, keys that wait, the state, values.
       early: copies of keys, the first, which are asked for before the kernel before is done.
+      pairs_fit: whether a program may take one softmax branch after another.
       division: of the heads.
-      split: heads of which each branch is another program's, the last ones.
       programs: that there are.
     """
 
@@ -143,11 +143,10 @@ class Call:
         self.waiting_tiles = _most_tiles(S, S - W)
         self.copies_of_a_head = self.tiles + self.waiting_tiles + STATE_TILES + self.tiles
         self.early = min(self.places, self.tiles)
-        self.division = _divided(B * K)
-        # After a softmax branch a tile of keys comes when that of before was taken, and what is on its way are values.
-        if self.division.pairs and (2 * self.tiles < self.places or self.tiles < self.on_the_way):
-            self.division = _divided(B * K, finer=False)
-        self.split, self.programs = self.division.split, min(PROGRAMS, B * K)
+        # Then a tile of keys comes when that of before was taken, and what is on its way are values.
+        self.pairs_fit = 2 * self.tiles >= self.places and self.tiles >= self.on_the_way
+        self.division = _divided(B * K, self.pairs_fit)
+        self.programs = min(PROGRAMS, B * K)
 
     def jobs(self, program):
         """Returns how many jobs a program has."""
@@ -224,18 +223,17 @@ class Call:
         return jax.lax.rem(jax.lax.div(oldest, jnp.int32(TILE)) + n, jnp.int32(self.tiles))
 
 
-def _divided(heads, finer=None):
-    """Returns the `Division` of so many heads, `finer` or as FINER says.
+def _divided(heads, pairs_fit):
+    """Returns the `Division` of so many heads.
 
-    The heads that are left when all programs have as many are split where programs have at most a branch of one then,
-    or finer: up to a third of the programs take two softmax branches in place of a head, or half as many linear
+    The heads that are left when all programs have as many are split where programs have at most a branch of one then.
+    With FINER up to a third of the programs take two softmax branches in place of a head, or half as many linear
     branches' programs two.
     """
     each, rest = divmod(heads, PROGRAMS)
-    finer = FINER if finer is None else finer
-    if not each or not rest or rest > (2 * PROGRAMS // 3 if finer else PROGRAMS // 2):
+    if not each or not rest or rest > (2 * PROGRAMS // 3 if FINER else PROGRAMS // 2):
         return Division(heads, each)
-    if finer and 3 * rest <= PROGRAMS:
+    if FINER and pairs_fit and 3 * rest <= PROGRAMS:
         return Division(heads - 2 * rest, each, split=2 * rest, pairs=rest)
     return Division(heads - rest, each, split=rest, linear_each=1 if 2 * rest <= PROGRAMS else 2)
 

@@ -252,15 +252,15 @@ class Decoder:
           *rest: as `what` says.
         """
         where = caches.cache_shardings(self.layers, layout, self.sharding)
+        rows_and_cache = self.sharding.named("batch", None), where
         if what == "step":
-            return jax.jit(self._step, donate_argnums=1, out_shardings=(self.sharding.named("batch", None), where))
+            return jax.jit(self._step, donate_argnums=1, out_shardings=rows_and_cache)
         if what == "sample":
             run = functools.partial(
                 step.sampled_steps, self.layers, self.model, self._kernels, sampling=rest[0], steps=layout.fold_tokens
             )
             options = step.compiler_options(self.layers, layout, self._kernels)
-            where = self.sharding.named("batch", None), where
-            return jax.jit(run, donate_argnums=1, out_shardings=where, compiler_options=options)
+            return jax.jit(run, donate_argnums=1, out_shardings=rows_and_cache, compiler_options=options)
         layer, history = rest
         run = functools.partial(prefill.prefill_layer, layer, layout, self._operators, history)
         x_sharding = self.sharding.named("batch", None, None)

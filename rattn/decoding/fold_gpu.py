@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rattn.decoding.cache import CacheLayout, Clock, LayerCache
+from rattn.decoding.cache import CacheLayout, Clock, LayerCache, slots_of_age
 from rattn.decoding.layers import LayerSpec
 from rattn.decoding.triton_gpu import cells, dot, exp, let_next_begin
 
@@ -49,9 +49,8 @@ def fold(layer: LayerSpec, layout: CacheLayout, cache: LayerCache, clock: Clock,
     """
     k, v, state = cache["k_BKSH"], cache["v_BKSH"], cache["state_BKPH"]
     B, K, _, H = k.shape
-    # The newest key's slot, what a sequence reaches back, how many wait.
-    newest, known_B = (clock.steps - 1) % layout.slots(layer), clock.length_B - clock.start_B
-    counts_B3 = jnp.stack([jnp.broadcast_to(newest, (B,)), known_B, jnp.broadcast_to(clock.unfolded, (B,))], axis=1)
+    steps_B, unfolded_B = (jnp.broadcast_to(count, (B,)) for count in (clock.steps, clock.unfolded))
+    counts_B3 = jnp.stack([steps_B, clock.length_B - clock.start_B, unfolded_B], axis=1)
     return pl.pallas_call(
         functools.partial(_kernel, layout.kept_window(layer), layout.fold_tokens, interpret),
         grid=(2 * pl.cdiv(H, COLUMNS), B * K),
@@ -72,12 +71,11 @@ def _kernel(window, most, interpret, counts, k, v, state, folded):
     sign, columns = jax.lax.rem(part, 2), jax.lax.div(part, 2) * width + jnp.arange(width)
     dims, _ = cells(sign * H + jnp.arange(H), jnp.full(H, True), 0, columns)
     before = state[b, h, *dims].astype(jnp.float32)
-    newest, known, unfolded = (counts[b, n] for n in range(3))
+    steps, known, unfolded = (counts[b, n] for n in range(3))
     waiting = jnp.arange(max(LEAST_SIDE, pl.next_power_of_2(most)))
     ages = window + waiting
     valid = (waiting < unfolded) & (ages < known)
-    at = newest - ages
-    at = jnp.where(at < 0, at + slots, at)
+    at = slots_of_age(ages, steps, slots)
 
     def load(ref, columns):
         index, mask = cells(at, valid, slots, columns)

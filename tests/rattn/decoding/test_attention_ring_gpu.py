@@ -82,10 +82,9 @@ def assert_the_rings_never_wait_for_themselves(call):
         assert_it_never_waits_for_itself(call, [Job(i, 0, 0, *each) for i, each in enumerate(branches)])
     # As FINER divides heads.
     cases = [((whole, linear, linear), Division(1, 1, 2, linear_each=2))]
-    if 2 * call.tiles >= call.places and call.tiles >= call.on_the_way:
+    if call.pairs_fit:
         cases += [((softmax, softmax), Division(1, 1, 2, 1)), ((whole, softmax, softmax), Division(1, 2, 2, 1))]
     for branches, call.division in cases:
-        call.split = 2
         jobs = [Job(i, 0, 0, *(np.int32(x) for x in each)) for i, each in enumerate(branches)]
         assert_it_never_waits_for_itself(call, jobs)
 
@@ -228,7 +227,7 @@ def test_every_branch_of_every_head_is_one_programs(monkeypatch, heads, finer):
         end = np.where(there, numbers.end, end)
         softmax, linear = (np.broadcast_to(x, there.shape) for x in (job.softmax, job.linear))
         split = np.asarray(call.split_number(job))[there & (softmax * linear == 0)]
-        assert np.all((split >= 0) & (split < min(call.split, 132)))
+        assert np.all((split >= 0) & (split < min(call.division.split, 132)))
         for program, head in zip(programs[there], np.asarray(job.b)[there], strict=True):
             for name, has in (("softmax", softmax), ("linear", linear)):
                 if has[program]:
